@@ -1,0 +1,299 @@
+"""Tables and plots from the ledger: `python -m perf.report`. Nothing in them is typed by hand.
+
+A file that has `<!-- perf:begin NAME -->` and `<!-- perf:end NAME -->` on lines of their own gets the table NAME
+between them, or for `plot-NAME` a link to the plot. Without rows for it, the text says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from perf import ledger, plots, roofline, scaling, shapes, tables
+from perf.environment import ROOT
+from perf.ledger import Row
+
+FILES = (ROOT / "README.md", ROOT / "docs" / "perf.md", ROOT / "docs" / "integrations.md")
+PLOTS = ROOT / "docs" / "plots"
+BREAKDOWN = "breakdown-"
+_MARKS = re.compile(r"^<!-- perf:begin ([\w-]+) -->\n(.*?)^<!-- perf:end \1 -->$", re.MULTILINE | re.DOTALL)
+_ORDER = {name: position for position, name in enumerate(shapes.SHAPES)}
+
+
+def _base(shape: str) -> str:
+    return shape.partition("@")[0]
+
+
+def _sorted(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda r: (_ORDER.get(_base(r.shape), len(_ORDER)), r.T, r.H, r.I, r.E, r.K))
+
+
+def _peers(rows: Iterable[Row]) -> list[str]:
+    """Implementations in the order of columns: ours first, the bound last."""
+    names = {r.impl for r in rows}
+    rank = {"sonicmoe": 0, "sonicmoe.MoE": 1, "cublas": 3}
+    return sorted(names, key=lambda name: (rank.get(name, 2), name))
+
+
+def _shape_cells(row: Row) -> list[str]:
+    return [row.shape or "-", f"({row.T}, {row.H}, {row.I}, {row.E}, {row.K})"]
+
+
+def _time(ms: float | None) -> str:
+    """Milliseconds to four digits at most."""
+    return "-" if ms is None else f"{ms:.3f}" if ms < 10 else f"{ms:.2f}"
+
+
+def _pair(first: float | None, second: float | None) -> str:
+    return "-" if first is None and second is None else f"{_time(first)} / {_time(second)}"
+
+
+def layers(rows: Sequence[Row]) -> str | None:
+    """Whole layers, router included: forward / forward+backward in ms of every implementation, and our speed."""
+    mine = [r for r in ledger.layers_side_by_side(rows, ("forward", "both")) if "@" not in r.shape]
+    impls = _peers(mine)
+    lines = []
+    for row in _sorted({(r.shape, r.dtype): r for r in mine if r.impl == "sonicmoe"}.values()):
+        of_shape = {(r.impl, r.variant): r for r in mine if r.subject[1:] == row.subject[1:]}
+        lines.append([*_shape_cells(row), *_layer_cells(of_shape, impls)])
+    header = ["shape", "(T, H, I, E, K)", *impls, "TFLOP/s", "over best peer", "of cuBLAS bound"]
+    return tables.markdown(header, lines) if lines else None
+
+
+def _layer_cells(of_shape: dict[tuple[str, str], Row], impls: Sequence[str]) -> list[str]:
+    def ms(impl: str, variant: str) -> float | None:
+        row = of_shape.get((impl, variant))
+        return row.ms_p50 if row else None
+
+    times = [_pair(ms(impl, "forward"), ms(impl, "both")) for impl in impls]
+    ours, bound = of_shape.get(("sonicmoe", "both")), of_shape.get(("cublas", "both"))
+    if ours is None or not ours.ms_p50 or not ours.tflops:
+        return [*times, "-", "-", "-"]
+    share = tables.percent(ours.tflops / bound.tflops) if bound and bound.tflops else "-"
+    return [*times, tables.cell(ours.tflops, 3), _over_best(of_shape.values(), "both"), share]
+
+
+def _over_best(of_shape: Iterable[Row], variant: str) -> str:
+    """How much faster sonicmoe is than the fastest peer; the bound is none."""
+    ms = {r.impl: r.ms_p50 for r in of_shape if r.variant == variant and r.ms_p50}
+    rivals = [t for impl, t in ms.items() if not impl.startswith(("sonicmoe", "cublas"))]
+    return f"{min(rivals) / ms['sonicmoe']:.2f}x" if rivals and "sonicmoe" in ms else "-"
+
+
+def tokens(rows: Sequence[Row]) -> str | None:
+    """The 7B layer with other numbers of tokens, forward and backward: device time, and from an idle GPU."""
+    mine = [r for r in ledger.layers_side_by_side(rows, ("both", "both-from-idle")) if _base(r.shape) == "7b"]
+    impls = [impl for impl in _peers(mine) if impl != "cublas"]
+    lines = []
+    for count in sorted({r.T for r in mine}):
+        here = [r for r in mine if count == r.T]
+        ms = {(r.impl, r.variant): r.ms_p50 for r in here}
+        times = [_pair(*(ms.get((impl, variant)) for variant in ("both", "both-from-idle"))) for impl in impls]
+        device = ms.get(("sonicmoe", "both"))
+        per_token = tables.cell(1e6 * device / count if device else None, 3)
+        lines.append([str(count), *times, per_token, *(_over_best(here, v) for v in ("both", "both-from-idle"))])
+    header = ["T", *impls, "ns per token", "over best peer", "from idle"]
+    return tables.markdown(header, lines) if len(lines) > 1 else None
+
+
+def kernels(rows: Sequence[Row]) -> str | None:
+    """Each kernel: time, TFLOP/s, GB/s, share of cuBLAS (aggregate: of a copy) and of the floor."""
+    mine = [r for r in rows if r.impl == "sonicmoe" and r.variant in roofline.KERNELS and r.routing == "topk"]
+    mine = ledger.newest(mine)
+    lines = [
+        [
+            *_shape_cells(r),
+            r.variant,
+            tables.cell(r.ms_p50, 4),
+            tables.cell(r.tflops, 3),
+            tables.cell(r.gbps, 4),
+            tables.percent(r.of_bound),
+            tables.percent(r.roofline),
+        ]
+        for r in sorted(_sorted(mine), key=lambda r: (_ORDER.get(r.shape, 99), roofline.KERNELS.index(r.variant)))
+    ]
+    header = ["shape", "(T, H, I, E, K)", "kernel", "ms", "TFLOP/s", "GB/s", "of cuBLAS or copy", "of floor"]
+    return tables.markdown(header, lines) if lines else None
+
+
+def memory(rows: Sequence[Row]) -> str | None:
+    """Kept from forward to backward, and peak, in MiB."""
+    mine = ledger.newest(r for r in rows if r.variant == "memory" and r.routing == "topk" and "@" not in r.shape)
+    by = {(r.shape, r.impl): r for r in mine}
+    impls = _peers(mine)
+    lines = []
+    for row in _sorted(r for r in mine if r.impl == "sonicmoe"):
+        cells = []
+        for impl in impls:
+            r = by.get((row.shape, impl))
+            cells.append(f"{tables.cell(r and r.saved_mib, 4)} / {tables.cell(r and r.peak_mib, 5)}")
+        paper = f"{tables.cell(row.bound_mib, 4)} / {tables.cell(row.peak_bound_mib, 5)}"
+        lines.append([*_shape_cells(row), *cells, paper])
+    header = ["shape", "(T, H, I, E, K)", *(f"{i}: kept / peak MiB" for i in impls), "paper: kept / peak"]
+    return tables.markdown(header, lines) if lines else None
+
+
+def router(rows: Sequence[Row]) -> str | None:
+    """The router's kernels against torch's, in µs."""
+    mine = ledger.side_by_side(
+        (r for r in rows if r.variant.startswith("router-")), lambda r: r.impl.startswith("sonicmoe")
+    )
+    by = {(r.shape, r.variant, r.impl): r for r in mine}
+    lines = []
+    for row in _sorted(r for r in mine if r.impl == "sonicmoe"):
+        other = by.get((row.shape, row.variant, "torch"))
+        ours_ms, other_ms = row.ms_p50, other.ms_p50 if other else None
+        lines.append(
+            [
+                row.shape,
+                f"({row.T}, {row.E}, {row.K})",
+                row.variant.removeprefix("router-"),
+                tables.cell(1e3 * ours_ms if ours_ms else None, 4),
+                tables.cell(1e3 * other_ms if other_ms else None, 4),
+                f"{other_ms / ours_ms:.1f}x" if ours_ms and other_ms else "-",
+            ]
+        )
+    header = ["shape", "(T, E, K)", "step", "µs", "torch µs", "faster"]
+    return tables.markdown(header, lines) if lines else None
+
+
+def host(rows: Sequence[Row]) -> str | None:
+    """Host time per call and first calls."""
+    kinds = ("first-call", "new-token-count")
+    mine = ledger.newest(r for r in rows if r.host_us is not None or r.variant.startswith(kinds))
+    lines = [[r.shape, r.impl, r.variant, _host_time(r)] for r in _sorted(mine)]
+    return tables.markdown(["shape", "implementation", "what", "time"], lines) if lines else None
+
+
+def _host_time(row: Row) -> str:
+    if row.host_us is not None:
+        return f"{row.host_us:.0f} µs"
+    more = "" if row.setup_s is None else f", {1e3 * row.setup_s:.0f} more than the second"
+    return f"{row.ms_p50 or 0:.0f} ms{more}"
+
+
+def breakdown(rows: Sequence[Row]) -> str | None:
+    """Shares of forward and backward of sonicmoe.MoE, measured inside it."""
+    mine = ledger.newest(r for r in rows if r.variant.startswith(BREAKDOWN) and r.routing == "topk")
+    ms = {(r.shape, r.variant.removeprefix(BREAKDOWN)): r.ms_p50 for r in mine}
+    parts = [*roofline.KERNELS, "router-products", "rest"]
+    lines = []
+    for row in _sorted(r for r in mine if r.variant == f"{BREAKDOWN}layer"):
+        whole = row.ms_p50 or float("nan")
+        found = (ms.get((row.shape, part)) for part in parts)
+        lines.append([row.shape, _time(whole), *(tables.percent(t / whole if t else None) for t in found)])
+    return tables.markdown(["shape", "ms", *parts], lines) if lines else None
+
+
+def rounding(rows: Sequence[Row]) -> str | None:
+    """Token rounding against top-K, the experts alone."""
+    mine = ledger.rounding_side_by_side(rows)
+    by = {(r.shape, r.variant, r.routing): r for r in mine}
+    lines = []
+    for row in _sorted({r.shape: r for r in mine if r.routing == "token_rounding"}.values()):
+        variants = ("forward", "backward", "both")
+        cells = [_gain(*(by.get((row.shape, v, routing)) for routing in ("topk", "token_rounding"))) for v in variants]
+        lines.append([row.shape, f"({row.T}, {row.H}, {row.I}, {row.E}, {row.K})", f"1/{row.E // row.K}", *cells])
+    header = ["shape", "(T, H, I, E, K)", "K/E", "forward ms (TFLOP/s)", "backward", "both"]
+    return tables.markdown(header, lines) if lines else None
+
+
+def _gain(plain: Row | None, rounded: Row | None) -> str:
+    if not (plain and rounded and plain.tflops and rounded.tflops):
+        return "-"
+    gain = 100 * (rounded.tflops / plain.tflops - 1)
+    return f"{_time(plain.ms_p50)} → {_time(rounded.ms_p50)} ({gain:+.1f}%)"
+
+
+def provenance(rows: Sequence[Row]) -> str | None:
+    """What the tables were measured on."""
+    seen: dict[tuple[str, ...], list[str]] = {}
+    for r in ledger.newest(rows):
+        seen.setdefault((r.gpu, r.driver, r.torch, r.dsl, r.commit), []).append(r.date)
+    lines = [[*key, f"{min(dates)[:10]}", str(len(dates))] for key, dates in seen.items()]
+    return tables.markdown(["GPU", "driver", "torch", "CuTe DSL", "commit", "date", "rows"], lines) if lines else None
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str | None]] = {
+    "layers": layers,
+    "kernels": kernels,
+    "memory": memory,
+    "router": router,
+    "host": host,
+    "breakdown": breakdown,
+    "tokens": tokens,
+    "rounding": rounding,
+    "scaling": scaling.scaling,
+    "provenance": provenance,
+}
+
+
+def filled(text: str, rows: Sequence[Row], gpu: str, images: Mapping[str, str] | None = None) -> str:
+    """The text with every marked table and plot written anew; images: where each plot is, from the text's folder.
+
+    Raises ValueError for a name that is no table's and no plot's.
+    """
+    missing, images = f"Not measured on {gpu} yet.", images or {}
+    bodies = {name: lambda table=table: table(rows) or missing for name, table in TABLES.items()}
+    for name, (draw, _) in plots.PLOTS.items():
+        link = f"![{(draw.__doc__ or name).strip()}]({images[name]})" if name in images else missing
+        bodies[f"plot-{name}"] = lambda link=link: link
+
+    def body(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in bodies:
+            raise ValueError(f"perf:begin {name}: no such table or plot, only {', '.join(bodies)}")
+        return f"<!-- perf:begin {name} -->\n{bodies[name]()}\n<!-- perf:end {name} -->"
+
+    return _MARKS.sub(body, text)
+
+
+def most_measured(rows: Iterable[Row]) -> str:
+    """The GPU with the most measurements."""
+    counts = Counter(gpu for gpu, _ in {(r.gpu, r.key) for r in rows})
+    return max(counts, key=lambda gpu: counts[gpu]) if counts else "a GPU"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m perf.report", description="Tables and plots from the ledger.")
+    p.add_argument("--ledger", type=Path, default=ledger.RESULTS)
+    p.add_argument("--gpu", help="default: the one with the most measurements")
+    p.add_argument("--files", type=Path, nargs="*", default=FILES, help="to write tables into")
+    p.add_argument("--plots", type=Path, default=PLOTS, help="folder of the PNG and SVG")
+    p.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is not as the ledger says")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    a = parser().parse_args(arguments)
+    rows = [r for r in ledger.read(a.ledger) if r.gpu != "cpu" or a.gpu == "cpu"] if a.ledger.exists() else []
+    gpu = a.gpu or most_measured(rows)
+    mine = [r for r in rows if r.gpu == gpu]
+    drawn = [] if a.check else plots.draw_all(mine, a.plots, gpu)
+    stale = []
+    for path in a.files:
+        if not path.exists():
+            continue
+        text = path.read_text()
+        known = [name for name in plots.PLOTS if (a.plots / f"{name}.png").exists()]
+        images = {name: Path(os.path.relpath(a.plots / f"{name}.png", path.parent)).as_posix() for name in known}
+        new = filled(text, mine, gpu, images)
+        if new != text:
+            stale.append(path)
+            if not a.check:
+                path.write_text(new)
+    if a.check:
+        for path in stale:
+            print(f"{path} is not what the ledger says: python -m perf.report", file=sys.stderr)
+        return 1 if stale else 0
+    print(f"{len(mine)} rows of {gpu}; wrote {len(stale)} files and {len(drawn)} plots")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""`--what breakdown`: where a layer's forward and backward spend their time, measured inside the layer.
+
+Marks are put around each op where the layer calls it. The router's three products are timed alone in the same rounds.
+What is left is routing, plan, autograd, the load balancing loss, and gaps between launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from perf import layers, roofline, tables
+from perf.ledger import Row
+from perf.problem import Form, Problem
+from perf.protocol import TOTAL, Case, Clock, measure, percentiles, simple
+from perf.session import Options, Session, time_cells
+from perf.shapes import Shape
+from sonicmoe import ops
+
+HEADER = ("part", "ms p50", "p20", "p80", "share", "of floor")
+LAYER, PRODUCTS, REST = "layer", "router products", "rest"
+
+
+class Marks:
+    """The marks around the ops of one call of the layer at a time, by kernel."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._pairs: list[tuple[str, Any, Any]] = []
+        self.calls: list[list[tuple[str, Any, Any]]] = []
+
+    def wrap(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*arguments: Any) -> Any:
+            start = self._clock.mark()
+            result = op(*arguments)
+            # The backward's sum is the one without scores.
+            kernel = "aggregate_dx" if name == "aggregate" and arguments[1] is None else name
+            self._pairs.append((kernel, start, self._clock.mark()))
+            return result
+
+        return marked
+
+    def end_of_call(self) -> None:
+        self.calls.append(self._pairs)
+        self._pairs = []
+
+    def ms(self, calls: int) -> list[dict[str, float]]:
+        """Milliseconds by kernel of each of the last calls; after a synchronisation."""
+        return [
+            {kernel: self._clock.elapsed_ms(start, end) for kernel, start, end in call} for call in self.calls[-calls:]
+        ]
+
+
+@contextlib.contextmanager
+def marked_ops(marks: Marks) -> Iterator[None]:
+    names = dict.fromkeys(k.removesuffix("_dx") for k in roofline.KERNELS)
+    originals = {name: getattr(ops, name) for name in names}
+    try:
+        for name, op in originals.items():
+            setattr(ops, name, marks.wrap(name, op))
+        yield
+    finally:
+        for name, op in originals.items():
+            setattr(ops, name, op)
+
+
+def _router_products(problem: Problem) -> Case:
+    """Logits, and the products of their gradient with x and with the router's weight."""
+    x, router = problem.x.detach(), problem.router.detach()
+    dlogits = problem.normal(problem.shape.T, problem.shape.E)
+    return simple(lambda: (x @ router.T, dlogits @ router, dlogits.T @ x))
+
+
+def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
+    for routing in options.routings:
+        _run(session, shape, form, routing)
+
+
+def _run(session: Session, shape: Shape, form: Form, routing: str) -> None:
+    problem = Problem(shape, form)
+    layer, marks = layers.module(problem, routing), Marks(session.clock)
+
+    def training(lap: Callable[[], None]) -> object:
+        result = torch.autograd.grad(layer.forward(), layer.leaves, problem.do)
+        marks.end_of_call()
+        return result
+
+    cases = {LAYER: Case(training), PRODUCTS: _router_products(problem)}
+    settings = dataclasses.replace(session.settings, spin="call")
+    with marked_ops(marks), session.bar(settings.repeats, f"{shape.name} breakdown") as bar:
+        results = measure(cases, session.clock, settings, bar.update)
+    samples = {LAYER: results[LAYER].ms[TOTAL], PRODUCTS: results[PRODUCTS].ms[TOTAL]}
+    inside = marks.ms(settings.repeats)
+    for kernel in roofline.KERNELS:
+        samples[kernel] = [call[kernel] for call in inside]
+    samples[REST] = [
+        whole - products - sum(call.values())
+        for whole, products, call in zip(samples[LAYER], samples[PRODUCTS], inside, strict=True)
+    ]
+    rows = [_row(session, problem, routing, part, ms) for part, ms in samples.items()]
+    session.emit(rows)
+    session.say(_table(shape, routing, rows))
+
+
+def _row(session: Session, problem: Problem, routing: str, part: str, ms: list[float]) -> Row:
+    shape, form, times = problem.shape, problem.form, percentiles(ms)
+    rows = int(problem.routing(routing).cu_rows[-1])
+    share_of_floor = None
+    if part in roofline.KERNELS and times.p50 > 0:
+        work = roofline.work(part, shape, rows=rows, gated=form.gated, item=form.item)
+        share_of_floor = roofline.floor_ms(work, session.ceilings) / times.p50
+    return session.row(
+        shape,
+        form,
+        "sonicmoe.MoE",
+        f"breakdown-{part.replace(' ', '-')}",
+        routing=routing,
+        **time_cells(times),
+        roofline=share_of_floor,
+        router=True,
+        rows=rows,
+        repeats=len(ms),
+        protocol=f"marks inside the layer, forward and backward, {session.clock.name}",
+    )
+
+
+def _table(shape: Shape, routing: str, rows: list[Row]) -> str:
+    whole = next(r.ms_p50 for r in rows if r.variant == f"breakdown-{LAYER}") or float("nan")
+    lines = [
+        [
+            r.variant.removeprefix("breakdown-"),
+            *(tables.cell(v, 4) for v in (r.ms_p50, r.ms_p20, r.ms_p80)),
+            tables.percent(r.ms_p50 / whole if r.ms_p50 is not None else None),
+            tables.percent(r.roofline),
+        ]
+        for r in rows
+    ]
+    return f"\n{shape.name} {shape.thiek} {routing}: sonicmoe.MoE, forward and backward\n{tables.text(HEADER, lines)}"

@@ -1,0 +1,111 @@
+"""Which tile configuration a grouped GEMM takes: a table per GPU, and where that is silent, the least predicted time.
+
+The choice depends on what stays the same between steps (variant, n, k, halves, GPU), never on the number of rows:
+nothing is compiled or tuned anew because a batch or its routing changed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from .tile import TileConfig, round_up
+
+MOST_STAGES = 6
+LEAST_STAGES = 3
+# (schedule, tile_n, cluster) -> speed relative to the best, on whole tiles of an H200 (docs/grouped_gemm.md).
+SPEEDS = {
+    "up_proj": {("cooperative", 256, 1): 1.0, ("pingpong", 128, 1): 0.91, ("cooperative", 128, 1): 0.85},
+    "down_proj": {
+        ("pingpong", 192, 1): 1.0,
+        ("pingpong", 128, 1): 0.99,
+        ("cooperative", 256, 1): 0.88,
+        ("pingpong", 64, 1): 0.75,
+    },
+    "down_dgrad": {("cooperative", 256, 1): 1.0, ("cooperative", 128, 1): 0.8},
+    "up_dgrad": {
+        ("pingpong", 192, 1): 1.0,
+        ("pingpong", 128, 1): 0.95,
+        ("cooperative", 256, 1): 0.88,
+        ("pingpong", 64, 1): 0.68,
+    },
+    "wgrad": {
+        ("cooperative", 256, 2): 1.0,
+        ("cooperative", 256, 1): 0.98,
+        ("cooperative", 192, 1): 0.8,
+        ("cooperative", 128, 1): 0.7,
+        ("cooperative", 64, 1): 0.42,
+    },
+}
+
+
+def family(variant: str) -> str:
+    """The key of a variant in SPEEDS."""
+    return "wgrad" if "wgrad" in variant else variant
+
+
+def candidates(variant: str, groups: int, n: int, outs: int, halves: int) -> list[TileConfig]:
+    """Every configuration that can be chosen, the one of the least predicted time first.
+
+    groups, outs, halves: of the GemmSpec. What shared memory a number of epilogue buffers leaves is spent on stages.
+    """
+    share = halves if variant == "up_proj" else 1
+    found: list[tuple[float, TileConfig]] = []
+    for (schedule, tile_n, cluster), speed in SPEEDS[family(variant)].items():
+        columns = tile_n // share
+        predicted = round_up(n, columns) / n / speed
+        for buffers in _buffers(outs):
+            tile = _fitted(variant, groups, TileConfig(schedule, tile_n, 0, buffers, cluster=cluster), outs, halves)
+            if tile is not None and tile not in (t for _, t in found):
+                found.append((predicted, tile))
+    return [tile for _, tile in sorted(found, key=lambda pair: pair[0])]
+
+
+def _buffers(outs: int) -> tuple[int, ...]:
+    """Numbers of epilogue buffers worth their shared memory: for one sub-tile, for two, for four small ones."""
+    return (1, 2, 4) if outs == 1 else (outs, 2 * outs)
+
+
+def _fitted(variant: str, groups: int, tile: TileConfig, outs: int, halves: int) -> TileConfig | None:
+    """With as many stages as fit beside its buffers, then more buffers in what is left."""
+
+    def fits(stages: int, buffers: int) -> bool:
+        whole = replace(tile, stages=stages, buffers=buffers)
+        return whole.why_invalid(variant, groups, outs, halves) is None
+
+    buffers = tile.buffers
+    stages = next((s for s in range(MOST_STAGES, LEAST_STAGES - 1, -1) if fits(s, buffers)), None)
+    if stages is None:
+        return None
+    while buffers < _buffers(outs)[-1] and fits(stages, buffers + 1):
+        buffers += 1
+    return replace(tile, stages=stages, buffers=buffers)
+
+
+def gpu_key(name: str) -> str:
+    """The table of a GPU, by the name that its driver gives it: "h100", "h200", or "" for one without a table."""
+    return next((key for key in ("h200", "h100") if key in name.lower()), "")
+
+
+@cache
+def tuned(gpu: str) -> dict[tuple[Any, ...], TileConfig]:
+    """The measured configurations of a GPU by (variant, n, k, halves, outs); written by `python -m perf.tune`."""
+    path = resources.files(__package__) / "tuned" / f"{gpu}.json"
+    if not gpu or not path.is_file():
+        return {}
+    entries = json.loads(path.read_text())
+    return {(e["variant"], e["n"], e["k"], e["halves"], e["outs"]): TileConfig(**e["tile"]) for e in entries}
+
+
+def choose(variant: str, groups: int, n: int, k: int, outs: int, halves: int, gpu: str) -> TileConfig:
+    """The configuration of a GEMM. Raises ValueError if none is valid."""
+    found = tuned(gpu).get((variant, n, k, halves, outs))
+    if found is not None and found.why_invalid(variant, groups, outs, halves) is None:
+        return found
+    possible = candidates(variant, groups, n, outs, halves)
+    if not possible:
+        raise ValueError(f"no tile configuration of {variant} for {groups} groups of n = {n}, {outs} outputs")
+    return possible[0]

@@ -1,0 +1,98 @@
+"""A tile configuration: the choices of a grouped GEMM that do not change its result, and whether they fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHARED_MEMORY = 232448 - 1024  # bytes a block may ask for on sm_90, less the reserved KiB
+ALIGNMENT = 1024  # of each buffer group: the swizzle repeats over it
+BUFFER = 64 * 64 * 2  # bytes of an epilogue buffer
+CONSUMERS = 2
+MAX_GROUPS = 1024  # groups that the two-level search of the tile table covers
+ACCUMULATORS = 128  # fp32 accumulators per thread that leave room for the epilogue
+ACCUMULATORS_PLAIN_STORE = 192  # for an epilogue without other registers
+
+
+SCHEDULES = ("cooperative", "cooperative_n", "pingpong")
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """The choices of a grouped GEMM.
+
+    schedule  "cooperative" (the consumer warpgroups split the tile's rows), "cooperative_n" (its columns) or "pingpong"
+              (they take whole tiles in turns)
+    buffers   64x64 epilogue buffers of each consumer warpgroup
+    cluster   CTAs whose tiles have the same columns of B, which each loads a part of for all of them
+    """
+
+    schedule: str
+    tile_n: int
+    stages: int
+    buffers: int
+    tile_m: int = 128
+    tile_k: int = 64
+    cluster: int = 1
+
+    @property
+    def warpgroup_rows(self) -> int:
+        return self.tile_m // 2 if self.schedule == "cooperative" else self.tile_m
+
+    @property
+    def warpgroup_columns(self) -> int:
+        return self.tile_n // 2 if self.schedule == "cooperative_n" else self.tile_n
+
+    @property
+    def accumulators(self) -> int:
+        """fp32 accumulators per thread"""
+        return self.warpgroup_rows * self.warpgroup_columns // 128
+
+    def shared_memory(self, table: int) -> int:
+        """Bytes, for a table of `table` ints."""
+        head = 8 * 2 * self.stages + 4 * table
+        stage = (self.tile_m + self.tile_n) * self.tile_k * 2
+        # A range cannot be empty: without buffers a few bytes, rounded up.
+        return round_up(head, ALIGNMENT) + self.stages * stage + max(ALIGNMENT, CONSUMERS * self.buffers * BUFFER)
+
+    def why_invalid(self, variant: str, groups: int, outs: int, halves: int) -> str | None:
+        """None if a kernel of this configuration can be built: outs buffers per sub-tile, halves of n (gate and up)."""
+        reduces_rows = "wgrad" in variant
+        if self.tile_m != 128 or self.tile_k != 64:
+            return "tile_m must be 128 and tile_k 64"
+        if self.schedule not in SCHEDULES:
+            return f"unknown schedule {self.schedule}"
+        if self.schedule == "pingpong" and reduces_rows:
+            return "ping-pong needs the same number of k steps in every tile"
+        if self.schedule == "pingpong" and variant == "down_dgrad":
+            return "ping-pong would let a warpgroup wait two laps ahead of the ring, on steps that bring the other's h"
+        if self.schedule == "cooperative_n" and variant == "up_proj" and halves > 1:
+            return "a warpgroup needs gate and up of a column"
+        if self.cluster not in (1, 2) or self.cluster > 1 and self.tile_n % (64 * self.cluster):
+            return "cluster must be 1 or 2, and leave each CTA whole 64-column panels of B"
+        if self.cluster > 1 and not reduces_rows:
+            return "only the CTAs of a weight gradient share B"
+        share = halves if variant == "up_proj" else 1
+        if self.tile_n % (64 * share) or self.warpgroup_columns % 64:
+            return f"tile_n must be a multiple of {64 * share} and give each warpgroup whole 64-column sub-tiles"
+        if self.warpgroup_columns > 256:
+            return "a wgmma has at most 256 columns"
+        plain = variant in ("down_proj", "up_dgrad") or reduces_rows
+        if self.accumulators > (ACCUMULATORS_PLAIN_STORE if plain else ACCUMULATORS):
+            return f"{self.accumulators} accumulators per thread do not fit beside the epilogue"
+        if variant == "down_dgrad" and CONSUMERS * (halves - self.tile_n // 64 // CONSUMERS) > self.tile_m // 64:
+            return "a stage has no room for h of both warpgroups' sub-tiles"
+        if self.buffers < outs:
+            return f"a sub-tile needs {outs} epilogue buffers"
+        if self.stages < 2:
+            return "two stages are the least"
+        if groups > MAX_GROUPS and not reduces_rows:
+            return f"more than {MAX_GROUPS} groups"
+        table = 4 if reduces_rows else round_up(groups, 32) + 4
+        used = self.shared_memory(table)
+        if used > SHARED_MEMORY:
+            return f"{used} bytes of shared memory, {SHARED_MEMORY} are there"
+        return None

@@ -1,0 +1,215 @@
+"""DActReduce: the activation's backward, with p = the accumulators (the gradient of a before its score).
+
+Reads h; with a = act(h) and s = the row's score it stores dh = act'(h) * s * p and a_s = s * a, and writes for each row
+and warpgroup column block the sum of p * a: its part of dscore.
+
+h comes through the ring, in steps that follow the tile's k steps: one sub-tile of each warpgroup per step, a 64x64 box
+for each half. So it is under way while the last products run. dh takes its place in the stage, which goes back to the
+producer when the copy engine has read it: only a_s needs buffers.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from ..copies import halved_rows, ragged_rows, ragged_start
+from ..groups import Tile
+from ..operands import TmaTensor
+from ..pipelines import Feed
+from ..ptx import ldmatrix_x4, pack, unpack
+from . import math
+from .base import Epilogue
+from .driver import (
+    BOX,
+    BUFFER_BYTES,
+    Buffers,
+    Lane,
+    Place,
+    box_layout,
+    load_box,
+    registers_of,
+    tma_load,
+    tma_store,
+    wait_stores,
+)
+
+
+class DActReduceArgs(NamedTuple):
+    h: TmaTensor
+    dh: TmaTensor
+    a_s: TmaTensor
+    scores: cute.Tensor  # (slots,)
+    row_slot: cute.Tensor
+    parts: cute.Tensor  # (rows, parts)
+
+
+class DActReduceState(NamedTuple):
+    row: Int32
+    rows: Int32
+    column: Int32
+    part: Int32
+    scores: list  # [block][row index]
+    sums: list  # of the block at hand, by row index; replaced while tracing
+    ahead: list  # registers of h loaded for the next quarter, while tracing
+
+
+@dataclass(frozen=True)
+class DActReduce(Epilogue):
+    act: object
+    columns: int  # of the tile
+    n: int  # columns of one half
+    sharers: int  # warpgroups that work on a tile
+    stages: int  # of the ring
+    boxes: tuple  # of a stage: (of B, of A)
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.act.gated else 1
+
+    @property
+    def outs(self) -> int:
+        return self.halves + 1
+
+    @property
+    def buffers(self) -> Buffers:
+        """Of a_s"""
+        return Buffers(self.dtype, self.buffer_count, self.blocks * self.subtiles)
+
+    def pending(self, index: int) -> int:
+        # Nothing of the tile before; and of this one the sub-tiles since the a_s buffer was used last.
+        return self.outs * (self.buffer_count - 1)
+
+    @property
+    def ring_steps(self) -> int:
+        return self.blocks * self.subtiles
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.sharers * self.halves * BUFFER_BYTES
+
+    @property
+    def parts(self) -> int:
+        """Columns of the parts tensor"""
+        return -(-self.n // (self.subtiles * BOX))
+
+    def place(self, half: int):
+        """(0: in B, 1: in A; first box) of a half's boxes in a stage, one box for each warpgroup"""
+        in_b = self.boxes[0] // self.sharers
+        return (0, half * self.sharers) if half < in_b else (1, (half - in_b) * self.sharers)
+
+    def describe(self, tensors) -> DActReduceArgs:
+        h, dh, a_s, scores, row_slot, parts = tensors
+        return DActReduceArgs(
+            tma_load(halved_rows(h, self.halves), self.dtype),
+            tma_store(ragged_rows(dh, self.halves), self.dtype),
+            tma_store(ragged_rows(a_s, 1), self.dtype),
+            scores,
+            row_slot,
+            parts,
+        )
+
+    def feed(self, args: DActReduceArgs, tile: Tile, ring_smem, schedule, tile_m: int):
+        """load(step, stage, barrier), called by one warp of the producer."""
+        layouts = [box_layout(self.dtype, self.stages * boxes) for boxes in self.boxes]
+
+        def load(step: int, stage: Int32, bar: cute.Pointer):
+            mb, nb = divmod(step, self.subtiles)
+            for half in range(self.halves):
+                region, first = self.place(half)
+                for consumer in range(self.sharers):
+                    block = schedule.first_block(consumer, tile_m) + mb
+                    column = tile.n * self.columns + schedule.part_n(consumer) * (self.subtiles * BOX) + nb * BOX
+                    box = stage * self.boxes[region] + first + consumer
+                    start = (tile.row + block * BOX, column, half)
+                    load_box(args.h, ring_smem[region], layouts[region], box, start, bar)
+
+        return load
+
+    def open(self, args: DActReduceArgs, tile: Tile, lane: Lane, first_block, part) -> DActReduceState:
+        scores = []
+        for mb in range(self.blocks):
+            rows = [cutlass.min((first_block + mb) * BOX + 8 * r + lane.row, tile.rows - 1) for r in range(2)]
+            scores.append([args.scores[args.row_slot[tile.row + row]] for row in rows])
+        width = self.subtiles * BOX
+        return DActReduceState(
+            tile.row + first_block * BOX,
+            tile.rows - first_block * BOX,
+            tile.n * self.columns + part * width,
+            tile.n * (self.columns // width) + part,
+            scores,
+            [Float32(0.0), Float32(0.0)],
+            [],
+        )
+
+    def places(self, smem: cute.Pointer, fed, consumer: Int32, index: int) -> list[Place]:
+        found = []
+        for half in range(self.halves):
+            region, first = self.place(half)
+            box = fed.stage * self.boxes[region] + first + (consumer if self.sharers > 1 else 0)
+            found.append(Place(fed.smem[region], box_layout(self.dtype, self.stages * self.boxes[region]), box))
+        own = consumer * self.buffer_count + self.buffers.index(index)
+        return [*found, Place(smem, self.buffers.layout(), own)]
+
+    def h_registers(self, lane: Lane, fed, q: int):
+        places = self.places(fed.smem[0], fed, lane.consumer, 0)[: self.halves]
+        return [ldmatrix_x4(lane.matrix_address(place.address(), q, False)) for place in places]
+
+    def visit(self, args, state: DActReduceState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
+        loaded = self.h_registers(lane, fed, 0) if q == 0 else state.ahead.pop()
+        if q < 3:  # the next quarter, ahead of this one's stores
+            state.ahead.append(self.h_registers(lane, fed, q + 1))
+        dh = [[] for _ in range(self.halves)]
+
+        def element(r, j, lo, hi):
+            score = state.scores[mb][r]
+            i = 2 * (j % 2) + r
+            h = [unpack(self.dtype, registers[i]) for registers in loaded]
+            weighted, slopes = [], []
+            for side, p in enumerate((lo, hi)):
+                a, slope = math.backward(self.act, tuple(pair[side] for pair in h))
+                state.sums[r] = state.sums[r] + p * a
+                weighted.append(score * a)
+                slopes.append([s * (score * p) for s in slope])
+            for half in range(self.halves):
+                dh[half].append(pack(self.dtype, slopes[0][half], slopes[1][half]))
+            return pack(self.dtype, *weighted)
+
+        a_s = registers_of(acc, nb * (BOX // 8) + 2 * q, element)
+        return (*dh, a_s)
+
+    def targets(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, mb: int, nb: int):
+        rows = state.rows - mb * BOX
+        first = state.row + mb * BOX
+        column = state.column + nb * BOX
+        out = [(args.dh, ragged_start(first, rows, column, half), rows > 0) for half in range(self.halves)]
+        return (*out, (args.a_s, ragged_start(first, rows, column, 0), rows > 0))
+
+    @cute.jit
+    def finish_subtile(self, feed: Feed, lane: Lane, index: cutlass.Constexpr):
+        """Stages go back to the producer: warp 0, whose stores read them, holds each for a sub-tile longer."""
+        if lane.warp > 0:
+            feed.release(index)
+        else:
+            if cutlass.const_expr(index > 0):
+                wait_stores(self.outs)
+                feed.release(index - 1)
+            if cutlass.const_expr(index == self.ring_steps - 1):
+                wait_stores(0)
+                feed.release(index)
+
+    def finish_block(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, lane: Lane, mb: int):
+        for r in range(2):
+            total = state.sums[r]
+            for distance in (1, 2):
+                total = total + cute.arch.shuffle_sync_bfly(total, distance)
+            state.sums[r] = Float32(0.0)
+            self.write_part(args, state, lane, mb * BOX + 8 * r + lane.row, total)
+
+    @cute.jit
+    def write_part(self, args: DActReduceArgs, state: DActReduceState, lane: Lane, row: Int32, total: Float32):
+        if lane.lane % 4 == 0:
+            if (row < state.rows) & (state.part < self.parts):
+                args.parts[state.row + row, state.part] = total

@@ -1,0 +1,120 @@
+"""From a tile's number to what it covers. The rows of group g are [cu_rows[g], cu_rows[g + 1]) of the sorted rows.
+
+GroupedM: rows are the M axis; an empty group has no tile. GroupedK: rows are the reduction axis; every group has the
+same number of tiles, an empty one with no k step, so that its result is written as zero.
+
+A number is that of a turn: one tile for each CTA of a cluster. In GroupedK these are neighbours along m, with the same
+columns of B; a tile past the end of m, which an odd number leaves over, reads zeros and stores nothing.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, const_expr
+
+WARP = 32
+
+
+def ceil_div(a, b):
+    return (a + b - 1) // b
+
+
+class Tile(NamedTuple):
+    group: Int32
+    row: Int32  # GroupedM: first row of the tile; GroupedK: of the group
+    rows: Int32  # rows of the group from there on
+    m: Int32  # GroupedK: tile index along m
+    n: Int32  # tile index along n, within its half
+    half: Int32  # GroupedK: which half of n (0 in GroupedM)
+    k_steps: Int32
+
+
+@dataclass(frozen=True)
+class GroupedM:
+    groups: int
+    tile_m: int
+    n_tiles: int
+    k_steps: int
+
+    reduces_rows = False
+
+    @property
+    def segments(self) -> int:
+        return ceil_div(self.groups, WARP)
+
+    @property
+    def table_size(self) -> int:
+        """Tiles before each group, padded to whole warps, and a closing entry."""
+        return self.segments * WARP + 4
+
+    @cute.jit
+    def build_table(self, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
+        """One warp: table[g] = number of m tiles before group g."""
+        carry = Int32(0)
+        for base in cutlass.range_constexpr(0, self.segments * WARP, WARP):
+            g = base + lane
+            rows = cu_rows[cutlass.min(g + 1, self.groups)] - cu_rows[cutlass.min(g, self.groups)]
+            tiles = (rows + (self.tile_m - 1)) // self.tile_m
+            before = tiles
+            for i in cutlass.range_constexpr(5):
+                below = cute.arch.shuffle_sync_up(before, 1 << i, mask_and_clamp=0)
+                if lane >= (1 << i):
+                    before = before + below
+            table[g] = carry + before - tiles
+            carry = carry + cute.arch.shuffle_sync(before, WARP - 1)
+        if lane == 0:
+            table[self.segments * WARP] = carry
+
+    def count(self, table: cute.Tensor) -> Int32:
+        return table[self.segments * WARP] * self.n_tiles
+
+    @cute.jit
+    def tile(self, turn: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
+        """Whole warp: each lane first looks at a segment of the table, then at one group of the segment found."""
+        m = turn // self.n_tiles
+        segments = const_expr(self.segments)
+        segment = cute.arch.popc(cute.arch.vote_ballot_sync(table[(lane + 1) * segments] <= m))
+        before = Boolean(False)
+        if lane < segments:
+            before = table[segment * segments + lane + 1] <= m
+        group = segment * segments + cute.arch.popc(cute.arch.vote_ballot_sync(before))
+        row = cu_rows[group] + (m - table[group]) * self.tile_m
+        rows = cu_rows[group + 1] - row
+        return Tile(group, row, rows, Int32(0), turn - m * self.n_tiles, Int32(0), Int32(self.k_steps))
+
+
+@dataclass(frozen=True)
+class GroupedK:
+    groups: int
+    m_tiles: int
+    n_tiles: int  # of one half
+    halves: int
+    tile_k: int
+    cluster: int
+
+    reduces_rows = True
+    table_size = 4
+
+    def build_table(self, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
+        pass
+
+    def count(self, table: cute.Tensor) -> Int32:
+        return Int32(self.groups * ceil_div(self.m_tiles, self.cluster) * self.n_tiles * self.halves)
+
+    @cute.jit
+    def tile(self, turn: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
+        of_half = const_expr(self.n_tiles)
+        of_m = const_expr(of_half * self.halves)
+        of_group = const_expr(of_m * ceil_div(self.m_tiles, self.cluster))
+        group = turn // of_group
+        rest = turn - group * of_group
+        m = rest // of_m
+        rest = rest - m * of_m
+        half = rest // of_half
+        row = cu_rows[group]
+        rows = cu_rows[group + 1] - row
+        k_steps = (rows + (self.tile_k - 1)) // self.tile_k
+        m = m * self.cluster + rank
+        return Tile(group, row, rows, m, rest - half * of_half, half, k_steps)

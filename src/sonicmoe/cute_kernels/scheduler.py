@@ -1,0 +1,88 @@
+"""Which tiles a warpgroup of a persistent CTA works on, and whose turn it is. Knows counts, no tensor.
+
+Tiles go round-robin: CTA b takes b, b + ctas, b + 2 ctas, ... Cooperative consumers all work on each of them; ping-pong
+consumers take them in turns, and their main loops alternate by a pair of named barriers: without the order the second
+warpgroup would wait two laps ahead on a parity that is already satisfied.
+"""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from .ptx import WARPGROUP
+
+EPILOGUE_BARRIER = 1  # + consumer index
+ORDER_BARRIER = 3  # + consumer index
+CONSUMERS = 2
+
+
+@dataclass(frozen=True)
+class Cooperative:
+    """Both consumer warpgroups share a tile: one 64-row block of all columns each, or all rows of half the columns."""
+
+    split: str = "m"
+
+    name = "cooperative"
+    stage_readers = CONSUMERS  # warpgroups that read a stage
+    turns = 1  # tiles of the CTA between two tiles of a warpgroup
+
+    def blocks(self, tile_m: int) -> int:
+        """64-row blocks of a warpgroup"""
+        return tile_m // 64 // (CONSUMERS if self.split == "m" else 1)
+
+    def columns(self, tile_n: int) -> int:
+        return tile_n // (CONSUMERS if self.split == "n" else 1)
+
+    def first_block(self, consumer: Int32, tile_m: int):
+        return consumer * self.blocks(tile_m) if self.split == "m" else 0
+
+    def part_n(self, consumer: Int32):
+        return consumer if self.split == "n" else 0
+
+    def first(self, consumer: Int32) -> Int32:
+        return Int32(0)
+
+    def start(self, consumer: Int32):
+        pass
+
+    def wait_turn(self, consumer: Int32):
+        pass
+
+    def pass_turn(self, consumer: Int32):
+        pass
+
+
+@dataclass(frozen=True)
+class PingPong:
+    """Each consumer warpgroup owns a whole tile; one multiplies while the other is in its epilogue."""
+
+    name = "pingpong"
+    stage_readers = 1
+    turns = CONSUMERS
+
+    def blocks(self, tile_m: int) -> int:
+        return tile_m // 64
+
+    def columns(self, tile_n: int) -> int:
+        return tile_n
+
+    def first_block(self, consumer: Int32, tile_m: int):
+        return 0
+
+    def part_n(self, consumer: Int32):
+        return 0
+
+    def first(self, consumer: Int32) -> Int32:
+        return Int32(consumer)
+
+    @cute.jit
+    def start(self, consumer: Int32):
+        if consumer == 1:
+            self.pass_turn(consumer)
+
+    def wait_turn(self, consumer: Int32):
+        cute.arch.barrier(barrier_id=ORDER_BARRIER + consumer, number_of_threads=CONSUMERS * WARPGROUP)
+
+    def pass_turn(self, consumer: Int32):
+        cute.arch.barrier_arrive(barrier_id=ORDER_BARRIER + 1 - consumer, number_of_threads=CONSUMERS * WARPGROUP)

@@ -1,0 +1,197 @@
+"""The layer as a checked function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonicmoe.activations import Activation
+from sonicmoe.autograd import Form, MoEExperts, forward_steps
+from sonicmoe.errors import InvalidArgument
+from sonicmoe.jit import target
+from sonicmoe.routing import Routing
+
+LAYOUTS = ("concat", "interleaved")
+BACKENDS = ("auto", "cute", "torch")
+# TMA moves rows whose pitch is a multiple of 16 bytes.
+_MULTIPLE = 8
+_CUTE_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (*_CUTE_DTYPES, torch.float32, torch.float64)
+
+
+def moe_experts(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    routing: Routing,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str | Activation = "swiglu",
+    w1_layout: str = "concat",
+    backend: str = "auto",
+    w1_grad: Tensor | None = None,
+    w2_grad: Tensor | None = None,
+) -> Tensor:
+    """The experts of a MoE layer: o[t] = sum over the rows r of token t of score[r] * (act(x w1[e]^T) w2[e]^T).
+
+    Args:
+        x: (..., H), flattened to (T, H). A non-contiguous x is copied.
+        w1: (E, 2*I, H) for a gated activation, (E, I, H) for a plain one; contiguous, in x's dtype and on its device.
+        w2: (E, H, I), likewise.
+        routing: of T tokens to E experts, from one of the `route_*` functions; differentiable in `routing.scores`.
+        b1, b2: biases (E, 2*I or I) and (E, H), in x's dtype; b1 in the layout of w1.
+        activation: a name such as "swiglu", "geglu_tanh", "swiglu(alpha=1.702,limit=7.0)", or an `Activation`.
+        w1_layout: "concat": an expert's gate rows, then its up rows; "interleaved": gate and up rows alternate (gated
+            activations only).
+        backend: "cute": kernels for Hopper (compute capability 9.0), x in bf16 or fp16, H and I multiples of 8;
+            "torch": the reference, on any device, also fp32 and fp64; "auto": "cute" on Hopper, "torch" elsewhere.
+        w1_grad, w2_grad: fp32 buffers of the shapes of w1 and w2. The backward adds the weight's gradient to its
+            buffer, without a temporary, instead of returning it: the weight's own `.grad` stays as it is (Megatron's
+            `main_grad`). A buffer is left alone if its weight requires no gradient.
+
+    Returns:
+        o, with x's shape and dtype: sums in fp32, rounded once per stored tensor (docs/numerics.md).
+
+    Under torch.autocast x, weights and biases are cast to its dtype, as torch.nn.Linear does. Never synchronises with
+    the device (backend "torch" on a GPU does). One backward only: differentiating it again raises.
+
+    Raises:
+        InvalidArgument: before anything is launched; the message says what came and what is accepted.
+
+    Source: SonicMoE (arXiv 2512.14080), algorithms 2 and 3.
+    """
+    act = Activation.parse(activation)
+    gated = act.gated
+    if x.dim() == 0:
+        raise InvalidArgument("x.shape", tuple(x.shape), "(..., H)")
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
+        x, w1, w2, b1, b2 = _autocast(torch.get_autocast_dtype(device_type), x, w1, w2, b1, b2)
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    check_layout(w1_layout, gated)
+    _check_tensors(x, w1, w2, b1, b2, gated)
+    _check_routing(routing, tokens, w1.shape[0])
+    _check_grad_buffers(w1, w2, w1_grad, w2_grad)
+    backend = resolve_backend(backend, x, w2)
+    if not tokens.is_contiguous():
+        tokens = tokens.contiguous()
+    if routing.row_token.shape[0] == 0:
+        # Nothing to multiply: the reference fills the zeros, and does not synchronise for that.
+        backend = "torch"
+    form = Form(str(act), w1_layout, backend)
+    scores, cu_rows, row_token, row_slot, slot_row, cu_slots, _ = routing
+    plan = (cu_rows, row_token, row_slot, slot_row, cu_slots)
+    if torch.is_grad_enabled() and _any_requires_grad(tokens, w1, w2, b1, b2, scores):
+        o = MoEExperts.apply(tokens, w1, w2, b1, b2, scores, *plan, w1_grad, w2_grad, form)
+    else:
+        o, _ = forward_steps(tokens, w1, w2, b1, b2, scores, plan, form, keep_h=False)
+    return o if x.dim() == 2 else o.view(x.shape)
+
+
+def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_layout(w1_layout: str, gated: bool) -> None:
+    """Raise InvalidArgument unless w1 can be laid out so."""
+    if w1_layout not in LAYOUTS:
+        raise InvalidArgument("w1_layout", repr(w1_layout), f"one of {', '.join(LAYOUTS)}")
+    if w1_layout == "interleaved" and not gated:
+        raise InvalidArgument("w1_layout", "'interleaved'", "'concat': a plain activation has no gate and up rows")
+
+
+def _check_tensors(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool) -> None:
+    """Dtypes, devices, shapes and contiguity of everything but the routing."""
+    dtype, device, hidden = x.dtype, x.device, x.shape[-1]
+    if dtype not in _DTYPES:
+        raise InvalidArgument("x.dtype", dtype, "bfloat16, float16, or with backend 'torch' float32 or float64")
+    if w2.dim() != 3 or w2.shape[1] != hidden:
+        raise InvalidArgument("w2.shape", tuple(w2.shape), f"(E, H, I) with H = {hidden}, as x.shape[-1]")
+    experts, inter = w2.shape[0], w2.shape[2]
+    width = 2 * inter if gated else inter
+    _check_operand("w1", w1, (experts, width, hidden), dtype, device)
+    _check_operand("w2", w2, (experts, hidden, inter), dtype, device)
+    if b1 is not None:
+        _check_operand("b1", b1, (experts, width), dtype, device)
+    if b2 is not None:
+        _check_operand("b2", b2, (experts, hidden), dtype, device)
+
+
+def _check_operand(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if t.shape != shape:
+        of = "(E, 2*I or I, H), from w2 and the activation" if name == "w1" else "from x and w2"
+        raise InvalidArgument(f"{name}.shape", tuple(t.shape), f"{shape}: {of}")
+    if t.dtype != dtype:
+        raise InvalidArgument(f"{name}.dtype", t.dtype, f"{dtype}, as x")
+    if t.device != device:
+        raise InvalidArgument(f"{name}.device", t.device, f"{device}, as x")
+    if not t.is_contiguous():
+        raise InvalidArgument(f"{name}.stride()", t.stride(), "contiguous: a copy of it per call would be silent")
+
+
+def _check_routing(routing: Routing, tokens: Tensor, experts: int) -> None:
+    if not isinstance(routing, Routing):
+        raise InvalidArgument(
+            "routing", type(routing).__name__, "a sonicmoe.Routing, from one of the route_* functions"
+        )
+    scores, cu_rows, row_token, row_slot, slot_row, cu_slots, num_tokens = routing
+    if num_tokens != tokens.shape[0]:
+        raise InvalidArgument("routing.num_tokens", num_tokens, f"{tokens.shape[0]}, the tokens of x")
+    if cu_rows.shape[0] != experts + 1:
+        raise InvalidArgument("routing.num_experts", cu_rows.shape[0] - 1, f"{experts}, the experts of w1 and w2")
+    if scores.dtype != torch.float32 and not scores.dtype == tokens.dtype == torch.float64:
+        raise InvalidArgument("routing.scores.dtype", scores.dtype, "torch.float32")
+    _check_vector("scores", scores, slot_row.shape[0], scores.dtype, tokens.device)
+    _check_vector("cu_rows", cu_rows, experts + 1, torch.int32, tokens.device)
+    _check_vector("row_token", row_token, row_token.shape[0], torch.int32, tokens.device)
+    _check_vector("row_slot", row_slot, row_token.shape[0], torch.int32, tokens.device)
+    _check_vector("slot_row", slot_row, slot_row.shape[0], torch.int32, tokens.device)
+    if cu_slots is not None:
+        _check_vector("cu_slots", cu_slots, num_tokens + 1, torch.int32, tokens.device)
+    elif slot_row.shape[0] % max(num_tokens, 1):
+        got = tuple(slot_row.shape)
+        raise InvalidArgument("routing.slot_row.shape", got, f"a multiple of T = {num_tokens} where cu_slots is None")
+
+
+def _check_vector(name: str, t: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    if t.dim() != 1 or t.shape[0] != length:
+        raise InvalidArgument(f"routing.{name}.shape", tuple(t.shape), f"({length},)")
+    if t.dtype != dtype:
+        raise InvalidArgument(f"routing.{name}.dtype", t.dtype, str(dtype))
+    if t.device != device:
+        raise InvalidArgument(f"routing.{name}.device", t.device, f"{device}, as x")
+    if not t.is_contiguous():
+        raise InvalidArgument(f"routing.{name}.stride()", t.stride(), "contiguous")
+
+
+def _check_grad_buffers(w1: Tensor, w2: Tensor, w1_grad: Tensor | None, w2_grad: Tensor | None) -> None:
+    if w1_grad is not None:
+        _check_operand("w1_grad", w1_grad, tuple(w1.shape), torch.float32, w1.device)
+    if w2_grad is not None:
+        _check_operand("w2_grad", w2_grad, tuple(w2.shape), torch.float32, w2.device)
+
+
+def resolve_backend(backend: str, x: Tensor, w2: Tensor) -> str:
+    """Return "cute" or "torch"; raise where the backend asked for cannot run, rather than take a slow one instead."""
+    if backend == "torch":
+        return backend
+    if backend not in BACKENDS:
+        raise InvalidArgument("backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    if not target.is_hopper(x.device):
+        if backend == "auto":
+            return "torch"
+        capability = target.capability(x.device)
+        where = str(x.device) if capability is None else "compute capability {}.{}".format(*capability)
+        raise InvalidArgument("backend", f"'cute' with x on {where}", "'cute' on compute capability 9.0 only")
+    if x.dtype not in _CUTE_DTYPES:
+        raise InvalidArgument("x.dtype", x.dtype, "bfloat16 or float16 for the kernels; cast it, or backend='torch'")
+    if x.shape[-1] % _MULTIPLE or w2.shape[2] % _MULTIPLE:
+        got = f"H = {x.shape[-1]}, I = {w2.shape[2]}"
+        raise InvalidArgument("x.shape, w2.shape", got, "H and I multiples of 8 for the kernels; or backend='torch'")
+    return "cute"

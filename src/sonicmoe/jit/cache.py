@@ -1,0 +1,130 @@
+"""Compiled kernels on disk, shared by processes.
+
+One object file per kernel, named by its spec's name and a hash of spec and fingerprint: sources of the kernels,
+versions of the compiler and of the interpreter. A digest follows the object's bytes, where no reader of ELF looks; a
+file whose digest is wrong is a miss. Writers take a lock per kernel and rename into place, so of many ranks that start at once
+one compiles and the others load, and nobody reads half a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sonicmoe.jit import compile as compiler
+from sonicmoe.jit.spec import Spec
+
+try:
+    import fcntl
+except ImportError:  # elsewhere than on POSIX: ranks may compile the same kernel twice
+    fcntl = None  # type: ignore[assignment]
+
+VARIABLE = "SONICMOE_CACHE_DIR"
+_PACKAGE = Path(__file__).parent.parent
+_SOURCES = ("cute_kernels", "configs", "activations.py", "jit/compile.py")
+_DISTRIBUTIONS = (
+    "nvidia-cutlass-dsl",
+    "nvidia-cutlass-dsl-libs-core",
+    "nvidia-cutlass-dsl-libs-cu12",
+    "nvidia-cutlass-dsl-libs-cu13",
+    "apache-tvm-ffi",
+)
+_DIGEST = hashlib.sha256
+
+
+def folder() -> Path | None:
+    """SONICMOE_CACHE_DIR, else the user's cache folder; None, no cache on disk, if the variable is empty."""
+    given = os.environ.get(VARIABLE)
+    if given is not None:
+        return Path(given).expanduser() if given else None
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sonicmoe"
+
+
+@lru_cache(maxsize=1)
+def fingerprint() -> str:
+    """A hash of all that decides what a spec is compiled to."""
+    digest = _DIGEST()
+    for source in _SOURCES:
+        path = _PACKAGE / source
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\0".encode())
+            digest.update(file.read_bytes())
+    for distribution in _DISTRIBUTIONS:
+        digest.update(f"{distribution}={_version(distribution)}\0".encode())
+    digest.update(f"{platform.python_version()} {platform.machine()} {compiler.ARCH}".encode())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def path_of(spec: Spec, root: Path) -> Path:
+    key = _DIGEST(f"{fingerprint()} {spec!r}".encode()).hexdigest()[:32]
+    return root / f"{spec.name}-{key}.o"
+
+
+def function_of(spec: Spec) -> Any:
+    """The kernel's function, from disk if it is there, else compiled and left there."""
+    compiler.check(spec)
+    root = folder()
+    if root is None:
+        return compiler.compile_spec(spec)
+    path = path_of(spec, root)
+    if _intact(path):
+        return compiler.load(path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if not _intact(path):
+                _write(compiler.compile_spec(spec), path)
+        return compiler.load(path)
+    except OSError as error:
+        warnings.warn(f"sonicmoe compiles without its cache on disk, {root}: {error}", stacklevel=2)
+        return compiler.compile_spec(spec)
+
+
+def _write(compiled: Any, path: Path) -> None:
+    """Object and digest, under another name first."""
+    handle, name = tempfile.mkstemp(suffix=".o", prefix=".", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        compiler.export(compiled, part)
+        with part.open("ab") as file:
+            file.write(_DIGEST(part.read_bytes()).digest())
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _intact(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    size = _DIGEST().digest_size
+    return len(content) > size and _DIGEST(content[:-size]).digest() == content[-size:]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time. The lock goes with its holder, also if that dies."""
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,129 @@
+"""The layer as a module: router, routing, experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sonicmoe.activations import Activation
+from sonicmoe.errors import InvalidArgument
+from sonicmoe.functional import BACKENDS, check_layout, moe_experts
+from sonicmoe.routing import Routing, load_balancing_loss, route_token_rounding, route_topk
+
+ROUTINGS = ("topk", "token_rounding")
+
+
+def _check(name: str, got: object, holds: bool, accepted: str) -> None:
+    if not holds:
+        raise InvalidArgument(name, got, accepted)
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts feed-forward: o, aux_loss = MoE(...)(x).
+
+    Args:
+        num_experts, num_experts_per_tok: E and K, 1 <= K <= E.
+        hidden_size, intermediate_size: H and I; multiples of 8 for the kernels.
+        activation_function: a name or an `Activation`.
+        add_bias: experts get b1 and b2, zero at first.
+        std: standard deviation of the normal initialisation of router, w1 and w2.
+        routing: "topk"; or "token_rounding", which rounds each expert's rows to multiples of tile_m while training (the
+            paper's section 5) and is plain top-K in eval mode.
+        scoring, renormalize: of `route_topk`, for routing "topk". Token rounding fixes them: softmax over all experts,
+            the top K renormalised, which in eval mode is scoring "topk_softmax".
+        rule, tile_m: of `route_token_rounding`.
+        w1_layout, backend: of `moe_experts`.
+        device, dtype: of the parameters.
+
+    Parameters: router.weight (E, H), w1 (E, 2*I or I, H), w2 (E, H, I), with add_bias b1 (E, 2*I or I) and b2 (E, H).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation_function: str | Activation = "swiglu",
+        add_bias: bool = False,
+        std: float = 0.02,
+        routing: str = "topk",
+        *,
+        scoring: str = "topk_softmax",
+        renormalize: bool = False,
+        rule: str = "nearest",
+        tile_m: int = 128,
+        w1_layout: str = "concat",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = Activation.parse(activation_function)
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for name, size in sizes.items():
+            _check(name, size, size >= 1, "at least 1")
+        fits = 1 <= num_experts_per_tok <= num_experts
+        _check("num_experts_per_tok", num_experts_per_tok, fits, f"1 to num_experts = {num_experts}")
+        _check("routing", repr(routing), routing in ROUTINGS, f"one of {', '.join(ROUTINGS)}")
+        _check("backend", repr(backend), backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
+        check_layout(w1_layout, self.activation.gated)
+        if routing == "token_rounding":
+            _check("scoring", repr(scoring), scoring == "topk_softmax", "'topk_softmax' with token rounding")
+            _check("renormalize", renormalize, not renormalize, "False with token rounding, which does so by itself")
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.std, self.routing, self.scoring, self.renormalize = std, routing, scoring, renormalize
+        self.rule, self.tile_m, self.w1_layout, self.backend = rule, tile_m, w1_layout, backend
+
+        width = 2 * intermediate_size if self.activation.gated else intermediate_size
+        self.router = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.w1 = parameter(num_experts, width, hidden_size)
+        self.w2 = parameter(num_experts, hidden_size, intermediate_size)
+        self.b1 = parameter(num_experts, width) if add_bias else None
+        self.b2 = parameter(num_experts, hidden_size) if add_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw router, w1 and w2 from normal(0, std); set the biases to zero."""
+        for weight in (self.router.weight, self.w1, self.w2):
+            nn.init.normal_(weight, std=self.std)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def route(self, logits: Tensor) -> Routing:
+        """The routing of logits (T, E): token rounding while training, if asked for, else top-K."""
+        if self.routing == "token_rounding" and self.training:
+            return route_token_rounding(logits, self.num_experts_per_tok, tile_m=self.tile_m, rule=self.rule)
+        return route_topk(logits, self.num_experts_per_tok, scoring=self.scoring, renormalize=self.renormalize)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., H) -> o, of x's shape and dtype, and the load balancing loss, a scalar in fp32 (unscaled)."""
+        shape = tuple(x.shape)
+        _check("x.shape", shape, shape[-1:] == (self.hidden_size,), f"(..., {self.hidden_size})")
+        logits = self.router(x.reshape(-1, self.hidden_size))
+        routing = self.route(logits)
+        o = moe_experts(
+            x,
+            self.w1,
+            self.w2,
+            routing,
+            self.b1,
+            self.b2,
+            activation=self.activation,
+            w1_layout=self.w1_layout,
+            backend=self.backend,
+        )
+        return o, load_balancing_loss(logits, routing, self.num_experts_per_tok)
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.num_experts}, per_tok={self.num_experts_per_tok}, hidden={self.hidden_size}, "
+            f"intermediate={self.intermediate_size}, activation={self.activation}, bias={self.b1 is not None}, "
+            f"routing={self.routing}, w1_layout={self.w1_layout}, backend={self.backend}"
+        )

@@ -1,0 +1,38 @@
+"""The steps as custom ops, `torch.ops.sonicmoe.*`: one file per op with its schema, its fake and its two bodies."""
+
+from sonicmoe.ops.aggregate import aggregate
+from sonicmoe.ops.balance import load_balance, load_balance_backward, load_balance_has_kernel
+from sonicmoe.ops.bias_grad import bias_grad
+from sonicmoe.ops.down_dgrad import down_dgrad
+from sonicmoe.ops.down_proj import down_proj
+from sonicmoe.ops.down_wgrad import down_wgrad, down_wgrad_add_
+from sonicmoe.ops.plan import plan, plan_has_kernel
+from sonicmoe.ops.token_rounding import token_rounding, token_rounding_backward, token_rounding_has_kernel
+from sonicmoe.ops.topk import topk, topk_backward, topk_has_kernel
+from sonicmoe.ops.up_dgrad import up_dgrad
+from sonicmoe.ops.up_proj import up_proj
+from sonicmoe.ops.up_wgrad import up_wgrad, up_wgrad_add_
+
+__all__ = [
+    "aggregate",
+    "bias_grad",
+    "down_dgrad",
+    "down_proj",
+    "down_wgrad",
+    "down_wgrad_add_",
+    "load_balance",
+    "load_balance_backward",
+    "load_balance_has_kernel",
+    "plan",
+    "plan_has_kernel",
+    "token_rounding",
+    "token_rounding_backward",
+    "token_rounding_has_kernel",
+    "topk",
+    "topk_backward",
+    "topk_has_kernel",
+    "up_dgrad",
+    "up_proj",
+    "up_wgrad",
+    "up_wgrad_add_",
+]

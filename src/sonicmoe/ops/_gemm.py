@@ -1,0 +1,84 @@
+"""The launches of the grouped GEMMs: which kernel a call needs, and the fixed part of its arguments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonicmoe import jit
+from sonicmoe.activations import Activation
+from sonicmoe.configs.choice import choose, gpu_key
+from sonicmoe.configs.tile import TileConfig
+from sonicmoe.cute_kernels.variants import GemmSpec, outputs
+from sonicmoe.errors import InvalidArgument
+from sonicmoe.ops._cute import dtype_name
+
+_forced: dict[str, TileConfig] = {}
+
+
+@contextlib.contextmanager
+def forced(variant: str, tile: TileConfig) -> Iterator[None]:
+    """Within it, the variant runs by this tile configuration: for tests and measurements."""
+    _forced[variant] = tile
+    _forget()
+    try:
+        yield
+    finally:
+        del _forced[variant]
+        _forget()
+
+
+def _forget() -> None:
+    spec_of.cache_clear()
+    _kernel.cache_clear()
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def spec_of(
+    device: int,
+    variant: str,
+    groups: int,
+    n: int,
+    k: int,
+    dtype: str,
+    activation: str | None = None,
+    interleaved: bool = False,
+    halves: int = 1,
+    bias: bool = False,
+    keep_h: bool = True,
+) -> GemmSpec:
+    """The spec of a GEMM on a device; n and k are those of one half. Raises InvalidArgument."""
+    act = None if activation is None else Activation.parse(activation)
+    outs = outputs(variant, halves, keep_h)
+    try:
+        gpu = gpu_key(torch.cuda.get_device_name(device))
+        tile = _forced.get(variant) or choose(variant, groups, n, k, outs, halves, gpu)
+    except ValueError as error:
+        raise InvalidArgument(variant, f"E = {groups}, n = {n}, k = {k}", str(error)) from None
+    return GemmSpec(variant, groups, n, k, dtype, tile, halves, interleaved, act, bias, keep_h)
+
+
+@cache
+def _kernel(device: int, *what: Any) -> tuple[Callable[..., None], int]:
+    """(kernel, CTAs)"""
+    return jit.kernel(spec_of(device, *what)), _processors(device)
+
+
+def launch(
+    variant: str, a: tuple[Tensor, ...], b: Tensor, out: tuple[Tensor | None, ...], cu_rows: Tensor, n: int, k: int,
+    *what: Any,
+) -> None:  # fmt: skip
+    """Launch a variant on the current device and stream. what: the arguments of `spec_of` from `activation` on."""
+    dtype = dtype_name("x", b)
+    function, ctas = _kernel(b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype, *what)
+    function(a, (b,), out, cu_rows, ctas)

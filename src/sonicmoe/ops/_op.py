@@ -1,0 +1,76 @@
+"""How a step becomes a custom op: the only place that talks to torch.library.
+
+Low-level definitions rather than `torch.library.custom_op`, whose Python wrapper costs tens of microseconds per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sonicmoe.errors import InvalidArgument
+
+_library = torch.library.Library("sonicmoe", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    cute: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Define the op sonicmoe::<schema> and return it, ready to be called.
+
+    schema      its first argument is a tensor, its last `str backend`, which chooses the body: "torch" or "cute".
+    fake        shapes and dtypes of the results; takes every argument of the schema, also the backend.
+    reference   body of "torch"; takes every argument but the backend.
+    cute        body of "cute", likewise: it launches the CuTe kernel on the current device and stream, those of the
+                first argument. Without one, "cute" raises InvalidArgument.
+
+    Arguments that the schema marks as mutated, `Tensor(a!)`, get a new version, so that autograd notices.
+    """
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.sonicmoe, name).default
+    if op._schema.arguments[-1].name != "backend":
+        raise ValueError(f"the last argument of {schema} must be 'str backend'")
+    mutated = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def body(*arguments: Any) -> Any:
+        backend = arguments[-1]
+        if backend == "cute":
+            if cute is None:
+                raise InvalidArgument("backend", "'cute'", f"'torch': {name} has no CuTe kernel")
+            result = _on_its_device(cute, arguments[:-1])
+        elif backend == "torch":
+            result = _without_autocast(reference, arguments[:-1])
+        else:
+            raise InvalidArgument("backend", repr(backend), "'torch' or 'cute'")
+        for i in mutated:
+            torch.autograd.graph.increment_version(arguments[i])
+        return result
+
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sonicmoe::{name}", fake, lib=_library)
+    return op
+
+
+def _on_its_device(cute: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Run the kernel on its first argument's device, also where that is not torch's current one."""
+    device = arguments[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return cute(*arguments)
+    with torch.cuda.device(device):
+        return cute(*arguments)
+
+
+def _without_autocast(reference: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Run the reference in the precision that it says, also when called under autocast."""
+    device = arguments[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return reference(*arguments)
+    with torch.autocast(device, enabled=False):
+        return reference(*arguments)

@@ -1,0 +1,97 @@
+"""token_rounding: top-K whose experts fill whole tiles; token_rounding_backward: the logits' gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sonicmoe import reference
+from sonicmoe.cute_kernels.rounding import (
+    MAX_EXPERTS,
+    MAX_PAIRS,
+    MAX_SLOTS,
+    TILE,
+    RoundingBackwardSpec,
+    RoundingSpec,
+    masks,
+)
+from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._op import define
+from sonicmoe.reference.token_rounding import Rounded
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = ("fp32", "bf16", "fp16")
+
+
+def token_rounding_has_kernel(logits: Tensor, num_slots: int) -> bool:
+    """Whether backend "cute" takes these arguments; the reference takes all."""
+    few = logits.shape[1] <= MAX_EXPERTS and num_slots <= MAX_SLOTS
+    return logits.dtype in _DTYPES and few and logits.shape[0] * logits.shape[1] <= MAX_PAIRS
+
+
+def _fake(
+    logits: Tensor, draws: Tensor | None, k: int, tile_m: int, rule: str, num_slots: int, backend: str
+) -> Rounded:
+    tokens, experts = logits.shape
+
+    def index(*shape: int) -> Tensor:
+        return logits.new_empty(shape, dtype=torch.int32)
+
+    words = masks(experts)
+    return Rounded(
+        scores=logits.new_empty((num_slots,), dtype=torch.promote_types(logits.dtype, torch.float32)),
+        cu_rows=index(experts + 1),
+        row_token=index(num_slots),
+        row_slot=index(num_slots),
+        slot_row=index(num_slots),
+        cu_slots=index(tokens + 1),
+        chosen=index(tokens, words),
+        kept=index(tokens, words),
+    )
+
+
+def _cute(logits: Tensor, draws: Tensor | None, k: int, tile_m: int, rule: str, num_slots: int) -> Rounded:
+    rounded = _fake(logits, draws, k, tile_m, rule, num_slots, "cute")
+    tokens, experts = logits.shape
+    if tokens == 0:
+        rounded.cu_rows.zero_()
+        rounded.cu_slots.zero_()
+        return rounded
+    spec = RoundingSpec(experts, k, dtype_name("logits", logits, _NAMES), rule, tile_m)
+    words = masks(tokens)
+    keys, marks = (rounded.cu_rows.new_empty(shape) for shape in ((experts, TILE * words), (words, experts, 2)))
+    state = rounded.cu_rows.new_zeros((2 * experts + words,))
+    launch(spec, logits.contiguous(), draws if spec.draws else None, keys, state, marks, *rounded)
+    return rounded
+
+
+token_rounding = define(
+    "token_rounding(Tensor logits, Tensor? draws, int k, int tile_m, str rule, SymInt num_slots, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    reference=reference.token_rounding,
+    cute=_cute,
+)
+
+
+def _backward_fake(
+    dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor, backend: str
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _backward_cute(dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
+    dlogits = logits.new_empty(logits.shape)
+    if logits.shape[0]:
+        spec = RoundingBackwardSpec(logits.shape[1], dtype_name("logits", logits, _NAMES))
+        launch(spec, dscores.contiguous(), logits.contiguous(), cu_slots, chosen, kept, dlogits)
+    return dlogits
+
+
+token_rounding_backward = define(
+    "token_rounding_backward(Tensor dscores, Tensor logits, Tensor cu_slots, Tensor chosen, Tensor kept, "
+    "str backend) -> Tensor",
+    fake=_backward_fake,
+    reference=reference.token_rounding_backward,
+    cute=_backward_cute,
+)

@@ -1,0 +1,106 @@
+"""topk: the k best experts of each token and their scores; topk_backward: the logits' gradients from the scores'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sonicmoe import reference
+from sonicmoe.cute_kernels.topk import MAX_EXPERTS, MAX_GROUPS, MAX_TOP, TopKBackwardSpec, TopKSpec
+from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._op import define
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOGITS = ("fp32", "bf16", "fp16")
+_ALIGNMENT = 16
+
+
+def topk_has_kernel(logits: Tensor, k: int, num_groups: int, top_groups: int) -> bool:
+    """Whether backend "cute" takes these arguments; the reference takes all."""
+    few_groups = num_groups <= MAX_GROUPS or top_groups == num_groups
+    return logits.dtype in LOGITS_DTYPES and logits.shape[1] <= MAX_EXPERTS and k <= MAX_TOP and few_groups
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A contiguous tensor whose data starts where the kernels' chunks do: t itself but for odd views."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % _ALIGNMENT else t
+
+
+def _fake(
+    logits: Tensor,
+    k: int,
+    bias: Tensor | None,
+    scoring: str,
+    renormalize: bool,
+    num_groups: int,
+    top_groups: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], k)
+    scores = logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return scores, logits.new_empty(shape, dtype=torch.int32)
+
+
+def _cute(
+    logits: Tensor,
+    k: int,
+    bias: Tensor | None,
+    scoring: str,
+    renormalize: bool,
+    num_groups: int,
+    top_groups: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    scores, ids = _fake(logits, k, bias, scoring, renormalize, num_groups, top_groups, scale, "cute")
+    grouped = top_groups < num_groups
+    spec = TopKSpec(
+        experts=logits.shape[1],
+        top=k,
+        dtype=dtype_name("logits", logits, LOGITS),
+        kind=scoring,
+        renormalize=renormalize,
+        scale=scale,
+        biased=bias is not None,
+        num_groups=num_groups if grouped else 1,
+        top_groups=top_groups if grouped else 1,
+    )
+    if logits.shape[0]:
+        launch(spec, aligned(logits), None if bias is None else aligned(bias.to(torch.float32)), scores, ids)
+    return scores, ids
+
+
+topk = define(
+    "topk(Tensor logits, int k, Tensor? bias, str scoring, bool renormalize, int num_groups, int top_groups, "
+    "float scale, str backend) -> (Tensor, Tensor)",
+    fake=_fake,
+    reference=reference.topk,
+    cute=_cute,
+)
+
+
+def _backward_fake(
+    dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float, backend: str
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _backward_cute(
+    dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float
+) -> Tensor:
+    dlogits = logits.new_empty(logits.shape)
+    dtype = dtype_name("logits", logits, LOGITS)
+    spec = TopKBackwardSpec(logits.shape[1], ids.shape[1], dtype, scoring, renormalize, scale)
+    if logits.shape[0]:
+        launch(spec, dscores.contiguous(), ids, aligned(logits), dlogits)
+    return dlogits
+
+
+topk_backward = define(
+    "topk_backward(Tensor dscores, Tensor ids, Tensor logits, str scoring, bool renormalize, float scale, "
+    "str backend) -> Tensor",
+    fake=_backward_fake,
+    reference=reference.topk_backward,
+    cute=_backward_cute,
+)

@@ -1,0 +1,80 @@
+"""What every test has: poisoned instead of uninitialised memory, and GPU tests that say why they are skipped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import lru_cache, wraps
+from typing import Any
+
+import pytest
+import torch
+
+# Dynamo notes torch's functions by identity when it is first imported: that must be before any of them is patched.
+import torch._dynamo
+
+_ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(allocate)
+    def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = allocate(*args, **kwargs)
+        if t.is_floating_point() and not t.is_meta and t.layout is torch.strided:
+            with torch.no_grad():
+                t.fill_(float("nan"))
+        return t
+
+    return allocate_nan
+
+
+@pytest.fixture(autouse=True)
+def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN, so that reading what nobody wrote shows.
+
+    A test marked `unpoisoned` goes without: one that compiles (tracing would record the fill) or measures.
+    """
+    if request.node.get_closest_marker("unpoisoned") is None:
+        for owner, name in _ALLOCATORS:
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    yield
+
+
+@lru_cache(maxsize=1)
+def _why_no_hopper() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a Hopper GPU: torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return "needs a Hopper GPU (compute capability 9.0): this one has {}.{}".format(*capability)
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a Hopper GPU (compute capability 9.0); skipped elsewhere")
+    config.addinivalue_line("markers", "unpoisoned: torch.empty stays as it is")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Everything under tests/gpu is a GPU test, and is skipped with the reason where it cannot run."""
+    for item in items:
+        if "gpu" in item.path.relative_to(config.rootpath).parts:
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") is not None and (reason := _why_no_hopper()) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was skipped and why: the GPU tests in one line, all others by their reasons."""
+    gpu, reasons = 0, Counter[str]()
+    for report in terminalreporter.getreports("skipped"):
+        # A module that is skipped as a whole leaves a report of its collection, which has no keywords.
+        if "gpu" in getattr(report, "keywords", ()):
+            gpu += 1
+        else:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            reasons[f"{report.nodeid.partition('::')[0]}: {reason.removeprefix('Skipped: ')}"] += 1
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count} skipped in {reason}")
+    if gpu:
+        terminalreporter.write_line(f"{gpu} GPU tests skipped: {_why_no_hopper()}")

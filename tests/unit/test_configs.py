@@ -1,0 +1,179 @@
+"""Tile configurations: which are refused and why, what they cost, which one is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sonicmoe.activations import Activation
+from sonicmoe.configs import tile as tile_module
+from sonicmoe.configs.choice import SPEEDS, candidates, choose, family, gpu_key, tuned
+from sonicmoe.configs.tile import SHARED_MEMORY, TileConfig
+from sonicmoe.cute_kernels.variants import GemmSpec, outputs
+
+VARIANTS = (
+    "up_proj",
+    "down_proj",
+    "down_dgrad",
+    "up_dgrad",
+    "down_wgrad",
+    "up_wgrad",
+    "down_wgrad_add",
+    "up_wgrad_add",
+)
+# n, k of one half, as in the specs of 7B, 30B, 120B and gpt-oss layers, and as ragged as allowed
+SIZES = ((256, 1536), (256, 4096), (512, 4096), (2880, 2880), (72, 200), (8, 8))
+SWIGLU = Activation("swiglu")
+UP = TileConfig("cooperative", 256, stages=3, buffers=3)
+DOWN = TileConfig("pingpong", 192, stages=4, buffers=2)
+DGRAD = TileConfig("cooperative", 256, stages=3, buffers=3)
+WGRAD = TileConfig("cooperative", 256, stages=4, buffers=2)
+BEST = {
+    "up_proj": (256, 2),
+    "down_proj": (1536, 1),
+    "down_dgrad": (256, 2),
+    "up_dgrad": (1536, 1),
+    "up_wgrad": (512, 1),
+}
+
+
+def why_invalid(variant: str, tile: TileConfig, groups: int = 128, halves: int = 2) -> str | None:
+    return tile.why_invalid(variant, groups, outputs(variant, halves), halves)
+
+
+@pytest.mark.parametrize(
+    ("variant", "tile"), [("up_proj", UP), ("down_proj", DOWN), ("down_dgrad", DGRAD), ("up_wgrad", WGRAD)]
+)
+def test_valid(variant: str, tile: TileConfig) -> None:
+    assert why_invalid(variant, tile) is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "tile", "reason"),
+    [
+        ("up_proj", replace(UP, tile_m=64), "tile_m must be 128"),
+        ("up_proj", replace(UP, tile_k=128), "tile_k 64"),
+        ("up_proj", replace(UP, schedule="turns"), "unknown schedule turns"),
+        ("down_wgrad", replace(DOWN, tile_n=128), "ping-pong needs the same number of k steps"),
+        ("up_wgrad_add", replace(DOWN, tile_n=128), "ping-pong needs the same number of k steps"),
+        ("up_proj", replace(UP, schedule="cooperative_n"), "gate and up of a column"),
+        ("up_proj", replace(UP, tile_n=192), "tile_n must be a multiple of 128"),
+        ("down_proj", replace(DOWN, tile_n=96), "tile_n must be a multiple of 64"),
+        ("down_dgrad", TileConfig("cooperative_n", 192, 3, 5), "whole 64-column sub-tiles"),
+        ("down_proj", TileConfig("cooperative", 320, 2, 1), "at most 256 columns"),
+        ("down_proj", TileConfig("pingpong", 256, 3, 1), "256 accumulators per thread"),
+        ("up_proj", TileConfig("pingpong", 256, 3, 3), "256 accumulators per thread"),
+        ("down_dgrad", TileConfig("cooperative_n", 384, 2, 3), "192 accumulators per thread"),
+        ("down_dgrad", replace(DGRAD, tile_n=64), "no room for h"),
+        ("down_dgrad", replace(DGRAD, schedule="pingpong", tile_n=128), "two laps ahead"),
+        ("down_dgrad", replace(DGRAD, buffers=0), "a sub-tile needs 1 epilogue buffers"),
+        ("up_proj", replace(UP, buffers=2), "a sub-tile needs 3 epilogue buffers"),
+        ("down_proj", replace(DOWN, buffers=0), "a sub-tile needs 1 epilogue buffers"),
+        ("up_proj", replace(UP, stages=1), "two stages are the least"),
+        ("up_proj", replace(UP, cluster=3), "cluster must be 1 or 2"),
+        ("up_wgrad", replace(WGRAD, tile_n=192, cluster=2), "each CTA whole 64-column panels of B"),
+        ("down_proj", replace(DOWN, tile_n=128, cluster=2), "only the CTAs of a weight gradient"),
+        ("up_proj", replace(UP, stages=5), "bytes of shared memory"),
+        ("down_dgrad", replace(DGRAD, stages=4), "bytes of shared memory"),
+    ],
+)
+def test_each_rule(variant: str, tile: TileConfig, reason: str) -> None:
+    assert reason in (why_invalid(variant, tile) or "")
+
+
+def test_groups() -> None:
+    """Only the search of GroupedM is limited."""
+    assert why_invalid("down_proj", DOWN, groups=1024) is None
+    assert "more than 1024 groups" in (why_invalid("down_proj", DOWN, groups=1025) or "")
+    assert why_invalid("up_wgrad", WGRAD, groups=5000) is None
+
+
+def test_a_spec_that_is_not_valid_is_not_built() -> None:
+    assert "multiples of 8" in (GemmSpec("down_proj", 8, 100, 64, "bf16", DOWN).why_invalid() or "")
+    with pytest.raises(ValueError, match="multiples of 8"):
+        GemmSpec("down_proj", 8, 128, 60, "bf16", DOWN).build()
+    with pytest.raises(ValueError, match="two stages"):
+        GemmSpec("down_proj", 8, 128, 64, "bf16", replace(DOWN, stages=1)).build()
+
+
+def possible(variant: str, n: int, groups: int = 128, halves: int = 2, keep_h: bool = True) -> list[TileConfig]:
+    return candidates(variant, groups, n, outputs(variant, halves, keep_h), halves)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("groups", [1, 128, 1024])
+@pytest.mark.parametrize("halves", [1, 2])
+def test_every_candidate_is_valid(variant: str, groups: int, halves: int) -> None:
+    for n, _ in SIZES:
+        for keep_h in (True, False):
+            found = possible(variant, n, groups, halves, keep_h)
+            assert found and len(set(found)) == len(found)
+            outs = outputs(variant, halves, keep_h)
+            assert [t for t in found if t.why_invalid(variant, groups, outs, halves)] == []
+
+
+def test_what_is_chosen() -> None:
+    """The measured best on whole tiles; where n is small, a tile that is not mostly outside."""
+
+    def first(variant: str, n: int, halves: int = 1) -> TileConfig:
+        return choose(variant, 128, n, 4096, outputs(variant, halves), halves, "")
+
+    for variant, (n, halves) in BEST.items():
+        speeds = SPEEDS[family(variant)]
+        tile = first(variant, n, halves)
+        assert (tile.schedule, tile.tile_n, tile.cluster) == max(speeds, key=lambda form: speeds[form])
+    assert first("up_wgrad_add", 512).tile_n == first("up_wgrad", 512).tile_n
+    assert first("down_proj", 64).tile_n == first("up_wgrad", 64).tile_n == 64
+
+
+def test_no_candidate() -> None:
+    with pytest.raises(ValueError, match="no tile configuration of down_proj for 1025 groups"):
+        choose("down_proj", 1025, 1536, 256, 1, 1, "h200")
+
+
+def test_tables_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB")
+    assert [gpu_key(name) for name in names] == ["h200", "h100", ""]
+    measured, stale = TileConfig("pingpong", 64, 3, 1), TileConfig("pingpong", 64, 1, 1)
+    table = {("down_proj", 1536, 256, 1, 1): measured, ("down_proj", 512, 256, 1, 1): stale}
+    monkeypatch.setattr("sonicmoe.configs.choice.tuned", {"h200": table, "": {}}.get)
+    assert choose("down_proj", 128, 1536, 256, 1, 1, "h200") == measured
+    assert choose("down_proj", 128, 1536, 256, 1, 1, "") != measured
+    assert choose("down_proj", 128, 512, 256, 1, 1, "h200") != stale
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_every_tuned_entry_is_valid(gpu: str) -> None:
+    for (variant, n, k, halves, outs), tile in tuned(gpu).items():
+        assert variant in VARIANTS and n % 8 == k % 8 == 0
+        assert tile.why_invalid(variant, 128, outs, halves) is None, (variant, n, k, tile)
+
+
+def specs() -> list[GemmSpec]:
+    """One of each epilogue and schedule."""
+    return [
+        GemmSpec("up_proj", 70, 256, 200, "bf16", possible("up_proj", 256, 70)[0], 2, act=SWIGLU),
+        GemmSpec("down_proj", 1, 200, 72, "bf16", possible("down_proj", 200, 1, 1)[-1]),
+        GemmSpec("down_dgrad", 1024, 256, 200, "fp16", possible("down_dgrad", 256, 1024)[0], 2, act=SWIGLU),
+        GemmSpec("down_dgrad", 8, 72, 200, "bf16", possible("down_dgrad", 72, 8, 1)[-1], act=Activation("relu2")),
+        GemmSpec("up_wgrad", 5, 72, 200, "bf16", possible("up_wgrad", 72, 5)[0], 2, interleaved=True),
+        GemmSpec("down_wgrad_add", 5, 256, 200, "bf16", possible("down_wgrad_add", 256, 5, 1)[0]),
+    ]
+
+
+@pytest.mark.parametrize("spec", specs(), ids=lambda spec: f"{spec.variant}-{spec.tile.schedule}-{spec.tile.tile_n}")
+def test_shared_memory_is_what_the_kernel_asks_for(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cutlass")
+    from sonicmoe.cute_kernels import assembly
+    from sonicmoe.jit.compile import compile_spec
+    from sonicmoe.jit.inspect import dynamic_shared_memory
+
+    asked = dynamic_shared_memory(compile_spec(spec))
+    kernel = assembly.kernel(spec)
+    assert spec.tile.shared_memory(kernel.groups.table_size) == asked <= SHARED_MEMORY
+    monkeypatch.setattr(tile_module, "SHARED_MEMORY", asked)
+    assert spec.why_invalid() is None
+    monkeypatch.setattr(tile_module, "SHARED_MEMORY", asked - 1)
+    assert f"{asked} bytes of shared memory" in (spec.why_invalid() or "")

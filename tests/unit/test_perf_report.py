@@ -1,0 +1,122 @@
+"""Tables and plots from a ledger made up for the test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perf import ledger, plots, report, tables
+from perf.ledger import Row
+from perf.roofline import KERNELS
+from perf.shapes import SHAPES
+
+GPU = "NVIDIA Test"
+
+
+def row(name: str, impl: str, variant: str, ms: float | None, **cells: object) -> Row:
+    shape = SHAPES[name.partition("@")[0]]
+    thiek = dict(zip("THIEK", shape.thiek, strict=True))
+    told = {"date": "2026-01-01T00:00:00Z", "gpu": GPU, "driver": "1", "torch": "2", "dsl": "3", "commit": "abc"}
+    told |= {"dtype": "bf16", "routing": "topk", "shape": name, "ms_p50": ms}
+    return Row(impl=impl, variant=variant, **{**thiek, **told, **cells})  # type: ignore[arg-type]
+
+
+def synthetic() -> list[Row]:
+    rows = []
+    for name, scale in (("7b", 1.0), ("30b", 8.0)):
+        for impl, ms in (("sonicmoe", 2.5), ("scattermoe", 7.0), ("cublas", 2.0)):
+            router = impl != "cublas"
+            rows.append(row(name, impl, "forward", scale * ms / 3, tflops=400 / ms, router=router))
+            rows.append(row(name, impl, "both", scale * ms, tflops=1000 / ms, router=router))
+            rows.append(row(name, impl, "memory", None, saved_mib=264.0 * ms, peak_mib=1000.0, bound_mib=264.0))
+        rows += [
+            row(name, "sonicmoe", k, scale * 0.25, tflops=600.0, gbps=3000.0, of_bound=0.97, roofline=0.8)
+            for k in KERNELS
+        ]
+    for count in (256, 4096, 131072):
+        rows.append(row(f"7b@{count}", "sonicmoe", "both", count / 1e4, T=count, router=True, tflops=1.0))
+    for routing, speed in (("topk", 500.0), ("token_rounding", 600.0)):
+        for name in ("tr-1536-1024-64", "tr-1536-1024-128"):
+            for variant in ("forward", "backward", "both"):
+                rows.append(row(name, "sonicmoe", variant, 1000 / speed, tflops=speed, routing=routing))
+    rows.append(row("7b", "sonicmoe", "router-topk", 0.02))
+    rows.append(row("7b", "torch", "router-topk", 0.2))
+    rows.append(row("7b", "sonicmoe.MoE", "host-forward", 0.12, host_us=120.0))
+    rows.append(row("7b", "sonicmoe.MoE", "first-call-cold", 3000.0, setup_s=2.9))
+    for count in (256, 131072):
+        rows.append(row(f"7b@{count}", "loop", "both", count / 5e3, T=count, router=True))
+        rows.append(row(f"7b@{count}", "sonicmoe", "both-from-idle", count / 5e3, T=count, router=True))
+    rows += [row("7b", "sonicmoe.MoE", f"breakdown-{part}", 0.3, router=True) for part in (*KERNELS, "rest")]
+    rows.append(row("7b", "sonicmoe.MoE", "breakdown-layer", 3.0, router=True))
+    return rows
+
+
+def test_every_table_has_its_numbers() -> None:
+    text = {name: make(synthetic()) or "" for name, make in report.TABLES.items()}
+    assert (
+        "| 7b | (24576, 1536, 256, 128, 8) | 0.833 / 2.500 | 2.333 / 7.000 | 0.667 / 2.000 | 400 | 2.80x | 80.0% |"
+        in (text["layers"])
+    )
+    assert "up_proj | 0.25 | 600 | 3000 | 97.0% | 80.0% |" in text["kernels"]
+    assert text["kernels"].count("\n") == 1 + 2 * len(KERNELS)
+    assert "660 / 1000" in text["memory"]
+    assert "| topk | 20 | 200 | 10.0x |" in text["router"]
+    assert "120 µs" in text["host"] and "3000 ms, 2900 more than the second" in text["host"]
+    assert text["breakdown"].endswith("| 7b | 3.000 |" + " 10.0% |" * len(KERNELS) + " - | 10.0% |")
+    assert "| 256 | 0.026 / 0.051 | 0.051 / - | - | 100 | 2.00x | - |" in text["tokens"]
+    assert "| 24576 | 2.500 / - | - | 7.000 / - | 102 | 2.80x | - |" in text["tokens"]
+    assert "| 1/32 | 2.000 → 1.667 (+20.0%) |" in text["rounding"]
+    assert "abc" in text["provenance"]
+    for name, make in report.TABLES.items():
+        assert make([]) is None, name
+
+
+def test_files_are_written_between_marks_only(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results" / "x.csv", tmp_path / "README.md"
+    ledger.append(results, synthetic())
+    before = "# Title\n<!-- perf:begin layers -->\nold\n<!-- perf:end layers -->\nmiddle\n"
+    before += "<!-- perf:begin memory -->\n<!-- perf:end memory -->\n"
+    readme.write_text(before + "<!-- perf:begin plot-tokens -->\n<!-- perf:end plot-tokens -->\nend\n")
+    arguments = ["--ledger", str(results), "--files", str(readme), "--plots", str(tmp_path / "plots")]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "old" in readme.read_text()
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and "\nmiddle\n" in text and text.endswith("end\n")
+    assert "old" not in text and "2.80x" in text and "660 / 1000" in text
+    assert "](plots/tokens.png)" in text
+    assert report.main([*arguments, "--check"]) == 0
+    drawn = {p.name for p in (tmp_path / "plots").iterdir()}
+    assert drawn == {f"{name}.{suffix}" for name in plots.PLOTS for suffix in ("png", "svg")}
+    # They are committed.
+    assert all(1000 < p.stat().st_size < 80_000 for p in (tmp_path / "plots").iterdir())
+
+
+def test_without_measurements_it_says_so(tmp_path: Path) -> None:
+    text = "<!-- perf:begin layers -->\n<!-- perf:end layers -->\n"
+    assert "Not measured on a GPU yet." in report.filled(text, [], "a GPU")
+    assert "Not measured on a GPU yet." in report.filled(text.replace("layers", "plot-memory"), [], "a GPU")
+    with pytest.raises(ValueError, match="no such table or plot"):
+        report.filled(text.replace("layers", "nothing"), [], "a GPU")
+    assert plots.draw_all([], tmp_path, GPU) == []
+
+
+def test_the_gpu_with_the_most_measurements_is_shown(tmp_path: Path) -> None:
+    rows = [row("7b", "sonicmoe", v, 9.0) for v in ("up_proj", "down_proj")]
+    rows += [row("7b", "sonicmoe", "up_proj", 1.0, gpu="other", date="2027-01-01T00:00:00Z")] * 3
+    assert report.most_measured(rows) == GPU and report.most_measured([]) == "a GPU"
+
+
+def test_cells() -> None:
+    assert [tables.cell(v, 3) for v in (0.12345, 1.234, 123.4, 12345.0, None, 7, float("inf"))] == [
+        "0.123",
+        "1.23",
+        "123",
+        "12345",
+        "-",
+        "7",
+        "inf",
+    ]
+    assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --: |\n| 1 | 2 |"
+    assert tables.text(["a", "bb"], [["xyz", "1"]]) == "a    bb\nxyz   1"

@@ -1,0 +1,115 @@
+"""The tuner: what it times, what it takes, and that the table it writes is the one that is looked up."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perf import kernels, tune
+from perf.problem import Form
+from perf.protocol import HostClock, Settings, Times
+from perf.roofline import GEMMS
+from perf.shapes import SHAPES, parse_thiek
+from perf.tune import Candidate
+from sonicmoe import ops
+from sonicmoe.configs import choice
+from sonicmoe.ops import _gemm
+
+SHAPE = parse_thiek("70,64,32,8,2")
+CPU = Form(device="cpu", backend="torch")
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_specs_are_those_that_the_ops_launch(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def kernel(spec: Any) -> Any:
+        asked.append(spec)
+        return lambda *arguments: None
+
+    monkeypatch.setattr(_gemm.jit, "kernel", kernel)
+    monkeypatch.setattr(_gemm, "_processors", lambda device: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "")
+    _gemm._forget()
+    form = dataclasses.replace(CPU, activation=activation, backend="cute")
+    # The inputs are made by the torch backend: nothing is launched here.
+    i = kernels.inputs(SHAPE, dataclasses.replace(form, backend="torch"), "topk")._replace(form=form)
+    by_name, specs = tune.calls(i), tune.specs(SHAPE, form)
+    assert set(by_name) == set(specs) == {*GEMMS, tune.INFERENCE}
+    for name, call in by_name.items():
+        asked.clear()
+        call()
+        assert asked == [specs[name]], name
+    _gemm._forget()
+
+
+def test_the_fastest_is_taken_but_not_for_noise() -> None:
+    spec = tune.specs(SHAPE, CPU)["down_proj"]
+    found = tune.candidates("down_proj", spec)
+    assert len(found) > 2 and len({c.spec.tile for c in found}) == len(found)
+    assert [c.spec.why_invalid() for c in found] == [None] * len(found)
+
+    def with_times(*ms: float) -> Candidate:
+        return tune.chosen([(c, Times(t, t, t)) for c, t in zip(found, ms, strict=False)])
+
+    assert with_times(1.0, 0.9, 0.8) is found[2]
+    assert with_times(1.0, 0.999, 1.1) is found[0]
+    assert with_times(1.0, 0.98, 0.979) is found[1]
+
+
+def test_a_shape_is_tuned_and_what_is_wrong_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (wanted,) = tune.untuned([SHAPE], CPU, ["down_proj", "up_proj"]).values()
+    winners, wrong = tune.tune(SHAPE, CPU, wanted, HostClock(), Settings(2, 0.0))
+    assert wrong == [] and set(winners) == {tune.key_of(c.spec) for c in wanted}
+    assert capsys.readouterr().out.count("chosen") == len(winners) == 3
+
+    right, calls = ops.down_proj, []
+
+    def sometimes_wrong(*arguments: Any) -> torch.Tensor:
+        calls.append(_gemm._forced["down_proj"])
+        return right(*arguments) * (-1 if calls[-1] is first.spec.tile else 1)
+
+    first = next(c for c in wanted if c.gemm == "down_proj")
+    monkeypatch.setattr(ops, "down_proj", sometimes_wrong)
+    winners, wrong = tune.tune(SHAPE, CPU, wanted, HostClock(), Settings(2, 0.0))
+    assert len(wrong) == 1 and first.name in wrong[0] and "y: relative error" in wrong[0]
+    assert winners[tune.key_of(first.spec)] != first.spec.tile
+
+
+def test_what_was_timed_is_not_timed_again() -> None:
+    # Another number of tokens or experts asks the table for the same.
+    again = [SHAPES["7b"], SHAPES["7b"].with_tokens(256), SHAPES["tr-1536-256-64"]]
+    assert list(tune.untuned(again, CPU, [])) == [SHAPES["7b"]]
+    assert len(tune.untuned([SHAPES["7b"], SHAPES["30b"]], CPU, [])) == 2
+
+
+def test_the_table_is_the_one_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = tune.specs(SHAPES["7b"], CPU)
+    table = {tune.key_of(s): tune.candidates(name, s)[-1].spec.tile for name, s in specs.items()}
+    assert len(table) == 7
+    path = tmp_path / "tuned" / "h100.json"
+    tune.write(path, table)
+    assert tune.read(path) == table and tune.read(tmp_path / "none.json") == {}
+    assert list(tune.read(path)) == sorted(table)
+    assert path.read_text().count("\n") == 2 + len(table)
+
+    monkeypatch.setattr(choice.resources, "files", lambda package: tmp_path)
+    choice.tuned.cache_clear()
+    for name, s in specs.items():
+        key = s.variant, s.groups, s.n, s.k, s.outs, s.halves
+        assert choice.choose(*key, "h100") == table[tune.key_of(s)], name
+        assert choice.choose(*key, "") == s.tile
+    choice.tuned.cache_clear()
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="timed on a GPU"):
+        tune.run(tune.parser().parse_args([]))
