@@ -168,8 +168,8 @@ def experts_and_others(model: LanguageModel) -> list[list[nn.Parameter]]:
     return [[p for p in model.parameters() if (id(p) in of_experts) is wanted] for wanted in (True, False)]
 
 
-def clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:
-    """Scale all gradients by the same factor so that their norm is at most `largest`: over all groups and ranks."""
+def clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> Tensor:
+    """Scale all gradients so that their norm, over all groups and ranks, is at most `largest`; what it was before."""
     norms = []
     for parameters in groups:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -177,6 +177,7 @@ def clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:
     total = torch.linalg.vector_norm(torch.stack(norms))
     for parameters in groups:
         nn.utils.clip_grads_with_norm_(parameters, largest, total)
+    return total
 
 
 class Trainer:
@@ -205,8 +206,8 @@ class Trainer:
         """This rank's part of what all ranks drew alike."""
         return windows[self.rank :: self.ranks].to(self.device, non_blocking=True)
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
-        """One step; this rank's loss and load balancing loss, on the device."""
+    def train_step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One step; this rank's loss and load balancing loss, and the gradient's norm, on the device."""
         of_training = self.config.training
         self.step += 1
         generator = torch.Generator().manual_seed(of_training.seed * 2**32 + self.step)
@@ -219,10 +220,10 @@ class Trainer:
         logits, aux_loss = self.model(windows[:, :-1])
         loss = next_byte_loss(logits, windows)
         (loss + of_training.aux_weight * aux_loss).backward()
-        clip(self.groups, of_training.clip)
+        norm = clip(self.groups, of_training.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), aux_loss.detach()
+        return loss.detach(), aux_loss.detach(), norm
 
     def rate(self) -> float:
         """Of the learning rate: up linearly, then down along a cosine to a tenth."""
@@ -317,10 +318,10 @@ def run(config: Config, mesh: DeviceMesh) -> None:
         return trainer.step % every == 0 or trainer.step == steps
 
     while trainer.step < steps:
-        loss, aux_loss = trainer.train_step()
+        loss, aux_loss, norm = trainer.train_step()
         log.bar.update()
         if due(LOGGED):
-            log.write(trainer.step, loss=trainer.mean(loss), aux_loss=trainer.mean(aux_loss))
+            log.write(trainer.step, loss=trainer.mean(loss), aux_loss=trainer.mean(aux_loss), norm=norm.item())
         if due(config.run.held_out_every):
             log.write(trainer.step, held_out=trainer.held_out_loss())
         if due(config.run.checkpoint_every):

@@ -34,6 +34,8 @@ SMALL = [
     "run.held_out_windows=8",
     "run.checkpoint_every=3",
 ]
+# Of the vectors 0, 1, .. of three, four and five elements.
+NORM = (5 + 14 + 30) ** 0.5
 TOPK = 'model.routing="topk"'
 Log = list[dict[str, float]]
 # Without a GPU in sight: the ranks of torchrun are processes of this machine's CPU.
@@ -176,16 +178,29 @@ def test_two_ranks_compute_what_one_does(example: ModuleType, tmp_path: Path) ->
 
 
 def test_four_ranks_on_a_two_dimensional_mesh_compute_what_one_does(example: ModuleType, tmp_path: Path) -> None:
-    """And one rank goes on from their checkpoint. The clip is tight enough to matter."""
-    changes = [TOPK, "training.clip=0.1"]
-    one = _held_out(_train(example, tmp_path / "one", *changes))
+    """And one rank goes on from their checkpoint. The gradient's norm shows what Adam does not: how gradients scale."""
+    # The load balancing loss is of each rank's own tokens, and so another one.
+    changes = [TOPK, "training.aux_weight=0.0"]
+    one = _train(example, tmp_path / "one", *changes)
     in_processes(4, _rank, tmp_path / "four", [*changes, "training.expert_parallel=2"])
-    four = _held_out(_log(tmp_path / "four"))
-    assert four == pytest.approx(one, rel=2e-4)
-    loose = _held_out(_train(example, tmp_path / "loose", TOPK))
-    assert loose[6] != pytest.approx(one[6], rel=2e-4)
+    four = _log(tmp_path / "four")
+    assert _held_out(four) == pytest.approx(_held_out(one), rel=2e-4)
+    (norm,) = [line["norm"] for line in one if "norm" in line]
+    assert [line["norm"] for line in four if "norm" in line] == [pytest.approx(norm, rel=1e-3)]
     _put_aside_the_last_checkpoint(tmp_path / "four")
-    assert _held_out(_train(example, tmp_path / "four", *changes))[6] == pytest.approx(one[6], rel=2e-4)
+    resumed = _train(example, tmp_path / "four", *changes)
+    assert _held_out(resumed)[6] == pytest.approx(_held_out(one)[6], rel=2e-4)
+
+
+def test_the_clip_is_that_of_all_gradients_together(example: ModuleType) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 5)]
+    for largest in (0.5, 100.0):
+        for p in parameters:
+            p.grad = torch.arange(float(len(p)))
+        want = [p.grad * min(1.0, largest / NORM) for p in parameters if p.grad is not None]
+        assert float(example.clip([parameters[:1], parameters[1:]], largest)) == pytest.approx(NORM)
+        for p, gradient in zip(parameters, want, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
 
 
 def test_ranks_that_cannot_share_the_experts(example: ModuleType, tmp_path: Path) -> None:

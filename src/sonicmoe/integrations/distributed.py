@@ -194,4 +194,7 @@ def shard_moe(moe: MoE, data_mesh: DeviceMesh, world_mesh: DeviceMesh, **fsdp: A
     fully_shard(moe.router, mesh=world_mesh, **fsdp)
     sharded = fully_shard(moe, mesh=data_mesh, **fsdp)
     sharded.set_gradient_divide_factor(float(world_mesh.size()))
+    if data_mesh.device_type != "cuda":
+        # Only NCCL scales while it reduces.
+        sharded.set_force_sum_reduction_for_comms(True)
     return sharded
