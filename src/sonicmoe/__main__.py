@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="one training for each")
-    p.add_argument("--rule", choices=RULES, default="nearest", help="of token rounding")
+    p.add_argument("--rule", nargs="+", choices=RULES, default=["nearest"], help="of token rounding: one training each")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training for each")
     p.add_argument("--device", help="cuda if there is one, else cpu")
     p.add_argument("--backend", choices=BACKENDS, default="auto", help="of sonicmoe")
@@ -88,10 +88,11 @@ def _trainings(arguments: argparse.Namespace, size: Size, device: torch.device, 
     runs = []
     for seed in arguments.seeds:
         for routing in arguments.routing:
-            progress = Progress(f"{routing}, seed {seed}", size.steps, arguments.quiet)
-            plan = Plan(routing, seed, arguments.rule, arguments.backend, device, arguments.every)
-            runs.append(train(size, plan, corpus, progress))
-            progress.close()
+            for rule in arguments.rule if routing == "token_rounding" else arguments.rule[:1]:
+                plan = Plan(routing, seed, rule, arguments.backend, device, arguments.every)
+                progress = Progress(f"{plan.name}, seed {seed}", size.steps, arguments.quiet)
+                runs.append(train(size, plan, corpus, progress))
+                progress.close()
     return runs
 
 
@@ -130,6 +131,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if speeds:
         shape = f"T={layer.TOKENS} H={layer.HIDDEN} I={layer.INTERMEDIATE} E={layer.EXPERTS} K={layer.PER_TOKEN}"
         text += f"\n\nOne 7B layer, {shape}, bf16, router included:\n{report.speeds_table(speeds)}"
+    if len(arguments.seeds) > 1:
+        text += f"\n\n{report.spread_table(runs)}"
     print(f"\n{text}\n")
     setting = {"device": name, "torch": torch.__version__, "size": asdict(size), "rule": arguments.rule}
     path = report.save(runs, speeds, text, setting, arguments.out)

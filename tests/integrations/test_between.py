@@ -82,6 +82,8 @@ def test_weights_that_do_not_fit_raise() -> None:
         (w1[..., :-1], w2, "torch"),
         (w1.float(), w2, "torch"),
         (w1, w2[..., :-1], "torch"),
+        (w1, w2[:, :-1], "torch"),
+        (w1[:, :-1].contiguous(), w2, "cute"),
         (w1.transpose(0, 1).contiguous().transpose(0, 1), w2, "cute"),
     ):
         with pytest.raises(InvalidArgument, match="w1|w2"):

@@ -146,8 +146,23 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["setting"]["size"]["hidden"] == 16 and results["layer"] == []
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "table.txt").read_text()
-    assert table.strip() in said and "dropped" in table and len(table.splitlines()) == 6
+    runs, spread = table.strip().split("\n\n")
+    assert table.strip() in said and "dropped" in runs and len(runs.splitlines()) == 6
+    assert [line.split()[:2] for line in spread.splitlines()[2:]] == [["topk", "2"], ["token_rounding", "2"]]
     assert "held out" in said and "topk, seed 0: step     3" in said
+
+
+def test_a_training_for_each_rule(tmp_path: Path) -> None:
+    assert main([*TINY_OPTIONS, "--rule", "nearest", "down", "--out", str(tmp_path)]) == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [r["routing"] for r in runs] == ["topk", "token_rounding", "token_rounding (down)"]
+    assert runs[2]["pairs"]["padded"] == 0 < runs[2]["pairs"]["dropped"]
+
+
+def test_spread_over_seeds() -> None:
+    runs = [Run("topk", seed, [Point(1, 9.0, 9.0), Point(2, 1.0, loss)]) for seed, loss in enumerate((2.0, 3.0))]
+    (line,) = report.spread_table(runs).splitlines()[2:]
+    assert line.split() == ["topk", "2", "2.5000", "2.0000", "3.0000"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

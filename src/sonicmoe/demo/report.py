@@ -47,6 +47,19 @@ def runs_table(runs: Sequence[Run]) -> str:
     return aligned(header, rows)
 
 
+def spread_table(runs: Sequence[Run]) -> str:
+    """A line per routing: the last held-out losses of its seeds."""
+    losses: dict[str, list[float]] = {}
+    for run in runs:
+        losses.setdefault(run.routing, []).append(run.history[-1].held_out)
+    header = ["routing", "seeds", "held out, mean", "least", "greatest"]
+    rows = [
+        [name, str(len(of)), *(f"{loss:.4f}" for loss in (sum(of) / len(of), min(of), max(of)))]
+        for name, of in losses.items()
+    ]
+    return aligned(header, rows)
+
+
 def speeds_table(speeds: Sequence[Speed]) -> str:
     """A line per routing, for one layer."""
     header = ["routing", "rows", "forward", "TFLOP/s", "forward + backward", "TFLOP/s"]

@@ -35,6 +35,12 @@ class Plan:
     every: int = 50
     held_out_windows: int = 128
 
+    @property
+    def name(self) -> str:
+        """The routing, with its rule unless that is the usual one."""
+        usual = self.routing != "token_rounding" or self.rule == "nearest"
+        return self.routing if usual else f"{self.routing} ({self.rule})"
+
 
 class Point(NamedTuple):
     """Losses in nats per byte after `step` steps: held out, and the mean over the training batches since the last."""
@@ -73,7 +79,7 @@ def train(size: Size, plan: Plan, corpus: Corpus, report: Callable[[int, Point |
     held_out = spread_windows(corpus.held_out, plan.held_out_windows, size.context).to(plan.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, size.steps))
-    run = Run(plan.routing, plan.seed)
+    run = Run(plan.name, plan.seed)
     losses: list[Tensor] = []
     clock = _Clock(plan.device)
     for step in range(1, size.steps + 1):

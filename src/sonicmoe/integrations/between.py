@@ -44,6 +44,8 @@ def experts_with(
         backend: "cute" or "torch".
     """
     check_weight("w1", w1, x, backend)
+    if w2.dim() != 3 or w2.shape[1] != x.shape[-1]:
+        raise InvalidArgument("w2.shape", tuple(w2.shape), f"(E, H, I) with H = {x.shape[-1]}, as x.shape[-1]")
     h = up_rows(x, w1, b1, routing, backend)
     a = function(h)
     check_weight("w2", w2, a, backend)
@@ -58,8 +60,11 @@ def check_weight(name: str, w: Tensor, rows: Tensor, backend: str) -> None:
     if w.dim() != 3 or w.shape[2] != rows.shape[-1] or w.dtype != rows.dtype or w.device != rows.device:
         got = f"{tuple(w.shape)}, {w.dtype}, {w.device}"
         raise InvalidArgument(name, got, f"(E, N, {rows.shape[-1]}), {rows.dtype}, {rows.device}, as the rows")
-    if backend == "cute" and not w.is_contiguous():
-        raise InvalidArgument(f"{name}.stride()", w.stride(), "contiguous: a copy of it per call would be silent")
+    if backend == "cute":
+        if not w.is_contiguous():
+            raise InvalidArgument(f"{name}.stride()", w.stride(), "contiguous: a copy of it per call would be silent")
+        if w.shape[1] % 8 or w.shape[2] % 8:
+            raise InvalidArgument(f"{name}.shape", tuple(w.shape), "(E, N, K), N and K multiples of 8 for the kernels")
 
 
 def up_rows(x: Tensor, w1: Tensor, b1: Tensor | None, routing: Routing, backend: str) -> Tensor:

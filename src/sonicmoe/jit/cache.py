@@ -2,8 +2,8 @@
 
 One object file per kernel, named by its spec's name and a hash of spec and fingerprint: sources of the kernels,
 versions of the compiler and of the interpreter. A digest follows the object's bytes, where no reader of ELF looks; a
-file whose digest is wrong is a miss. Writers take a lock per kernel and rename into place, so of many ranks that start at once
-one compiles and the others load, and nobody reads half a file.
+file whose digest is wrong is a miss. Writers take a lock per kernel and rename into place, so of many ranks that start
+at once one compiles and the others load, and nobody reads half a file.
 """
 
 from __future__ import annotations
