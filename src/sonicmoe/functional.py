@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonicmoe import ops
 from sonicmoe.activations import Activation
 from sonicmoe.autograd import Form, MoEExperts, forward_steps
 from sonicmoe.errors import InvalidArgument
@@ -83,7 +84,12 @@ def moe_experts(
     form = Form(str(act), w1_layout, backend)
     scores, cu_rows, row_token, row_slot, slot_row, cu_slots, _ = routing
     plan = (cu_rows, row_token, row_slot, slot_row, cu_slots)
-    if torch.is_grad_enabled() and _any_requires_grad(tokens, w1, w2, b1, b2, scores):
+    training = torch.is_grad_enabled() and _any_requires_grad(tokens, w1, w2, b1, b2, scores)
+    if backend == "cute" and not torch.compiler.is_compiling():
+        sizes, biases = (w2.shape[0], w2.shape[1], w2.shape[2]), (b1 is not None, b2 is not None)
+        per_token = slot_row.shape[0] // tokens.shape[0] if cu_slots is None else None
+        ops.compile_layer(tokens.device.index, sizes, x.dtype, form.activation, w1_layout, biases, per_token, training)
+    if training:
         o = MoEExperts.apply(tokens, w1, w2, b1, b2, scores, *plan, w1_grad, w2_grad, form)
     else:
         o, _ = forward_steps(tokens, w1, w2, b1, b2, scores, plan, form, keep_h=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sonicmoe import ops
 from sonicmoe.activations import Activation
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import BACKENDS, check_layout, moe_experts
+from sonicmoe.jit.target import is_hopper
 from sonicmoe.routing import Routing, load_balancing_loss, route_token_rounding, route_topk
 
 ROUTINGS = ("topk", "token_rounding")
@@ -106,6 +108,8 @@ class MoE(nn.Module):
         """x (..., H) -> o, of x's shape and dtype, and the load balancing loss, a scalar in fp32 (unscaled)."""
         shape = tuple(x.shape)
         _check("x.shape", shape, shape[-1:] == (self.hidden_size,), f"(..., {self.hidden_size})")
+        if is_hopper(x.device) and self.backend != "torch" and not torch.compiler.is_compiling():
+            self._compile_ahead(x)
         logits = self.router(x.reshape(-1, self.hidden_size))
         routing = self.route(logits)
         o = moe_experts(
@@ -120,6 +124,16 @@ class MoE(nn.Module):
             backend=self.backend,
         )
         return o, load_balancing_loss(logits, routing, self.num_experts_per_tok)
+
+    def _compile_ahead(self, x: Tensor) -> None:
+        """Have every kernel of the layer compiled while the first of them is."""
+        cast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+        sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
+        rounds = self.routing == "token_rounding" and self.training
+        per_token, scoring = (None, None) if rounds else (self.num_experts_per_tok, self.scoring)
+        training, act = torch.is_grad_enabled(), str(self.activation)
+        ops.compile_layer(x.device.index, sizes, dtype, act, self.w1_layout, biases, per_token, training, scoring)
 
     def extra_repr(self) -> str:
         return (

@@ -47,7 +47,7 @@ class GroupedGemm:
             self.mainloop.tiled_mma(),
         ).launch(
             grid=[cutlass.max(num_ctas // self.cluster, 1) * self.cluster, 1, 1],
-            # A cluster of one is not the same as none: it costs up to a tenth (docs/grouped_gemm.md).
+            # A cluster of one is not the same as none: see docs/grouped_gemm.md.
             cluster=[self.cluster, 1, 1] if self.cluster > 1 else None,
             block=[THREADS, 1, 1],
             min_blocks_per_mp=1,

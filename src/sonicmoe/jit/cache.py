@@ -97,6 +97,18 @@ def function_of(spec: Spec) -> Any:
         return compiler.compile_spec(spec)
 
 
+def fill(spec: Spec) -> None:
+    """Compile a spec into the cache, unless it is there or another process is at it."""
+    root = folder()
+    if root is None or spec.why_invalid():
+        return
+    path = path_of(spec, root)
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(BlockingIOError), _locked(path.with_suffix(".lock"), wait=False):
+        if not _intact(path):
+            _write(compiler.compile_spec(spec), path)
+
+
 def _write(compiled: Any, path: Path) -> None:
     """Object and digest, under another name first."""
     handle, name = tempfile.mkstemp(suffix=".o", prefix=".", dir=path.parent)
@@ -122,9 +134,9 @@ def _intact(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. The lock goes with its holder, also if that dies."""
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """One process at a time; BlockingIOError if another has it and none is to wait. It goes with its holder's death."""
     with path.open("w") as file:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

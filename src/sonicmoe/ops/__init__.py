@@ -1,6 +1,7 @@
 """The steps as custom ops, `torch.ops.sonicmoe.*`: one file per op with its schema, its fake and its two bodies."""
 
 from sonicmoe.ops.aggregate import aggregate
+from sonicmoe.ops.ahead import compile_layer
 from sonicmoe.ops.balance import load_balance, load_balance_backward, load_balance_has_kernel
 from sonicmoe.ops.bias_grad import bias_grad
 from sonicmoe.ops.down_dgrad import down_dgrad
@@ -16,6 +17,7 @@ from sonicmoe.ops.up_wgrad import up_wgrad, up_wgrad_add_
 __all__ = [
     "aggregate",
     "bias_grad",
+    "compile_layer",
     "down_dgrad",
     "down_proj",
     "down_wgrad",

@@ -45,7 +45,7 @@ def _processors(device: int) -> int:
 
 @cache
 def spec_of(
-    device: int,
+    device: int | None,
     variant: str,
     groups: int,
     n: int,

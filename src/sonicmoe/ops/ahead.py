@@ -1,0 +1,98 @@
+"""Which kernels a layer will need, said before it runs, so that they are compiled side by side."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from sonicmoe.activations import Activation
+from sonicmoe.cute_kernels.aggregate import AggregateSpec
+from sonicmoe.cute_kernels.balance import BalanceBackwardSpec, BalanceSpec
+from sonicmoe.cute_kernels.bias_dot import BiasDotSpec
+from sonicmoe.cute_kernels.plan import PlanSpec
+from sonicmoe.cute_kernels.topk import TopKBackwardSpec, TopKSpec
+from sonicmoe.cute_kernels.variants import GemmSpec
+from sonicmoe.jit.ahead import compile_ahead
+from sonicmoe.jit.spec import Spec
+from sonicmoe.ops._cute import NAMES
+from sonicmoe.ops._gemm import spec_of
+
+
+@cache
+def compile_layer(
+    device: int | None,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    activation: str,
+    w1_layout: str,
+    biases: tuple[bool, bool],
+    per_token: int | None,
+    training: bool,
+    scoring: str | None = None,
+) -> None:
+    """Have a layer's kernels compiled, once in a process; returns at once.
+
+    sizes: E, H, I. biases: whether there are b1 and b2. per_token: slots of each token, None for a variable number.
+    scoring: also the kernels of `route_topk` and `load_balancing_loss`. Raises InvalidArgument if no kernel fits.
+    """
+    name = NAMES.get(dtype, "")
+    if name in ("bf16", "fp16"):
+        act = Activation.parse(activation)
+        routing = router_specs(sizes[0], per_token, name, scoring, training) if scoring and per_token else []
+        compile_ahead([*routing, *expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)])
+
+
+def expert_specs(
+    device: int | None,
+    sizes: tuple[int, int, int],
+    dtype: str,
+    act: Activation,
+    w1_layout: str,
+    biases: tuple[bool, bool],
+    per_token: int | None,
+    training: bool,
+) -> list[Spec]:
+    """Of `moe_experts`: up_proj, which is needed first, then down_dgrad, which takes longest."""
+    experts, hidden, inter = sizes
+    halves, interleaved = 2 if act.gated else 1, w1_layout == "interleaved"
+    split = 2 if interleaved else 1
+    width = halves * inter // split
+
+    def gemm(variant: str, n: int, k: int, *form: Any) -> GemmSpec:
+        return spec_of(device, variant, experts, n, k, dtype, *form)
+
+    forward: list[Spec] = [
+        gemm("up_proj", inter, hidden, str(act), interleaved, halves, biases[0], training),
+        gemm("down_proj", hidden, inter, None, False, 1, biases[1]),
+        AggregateSpec(hidden, dtype, per_token, weighted=True),
+    ]
+    if not training:
+        return forward
+    dgrad = gemm("down_dgrad", inter, hidden, str(act), False, halves, biases[1])
+    parts = dgrad.part_columns
+    return [
+        forward[0],
+        dgrad,
+        *forward[1:],
+        *([BiasDotSpec(hidden, dtype, experts, parts)] if biases[1] else []),
+        gemm("down_wgrad", inter, hidden),
+        gemm("up_dgrad", hidden, width, None, interleaved, split),
+        AggregateSpec(hidden, dtype, per_token, weighted=False, parts=parts),
+        gemm("up_wgrad", width, hidden, None, interleaved, split),
+    ]
+
+
+def router_specs(experts: int, k: int, dtype: str, scoring: str, training: bool) -> list[Spec]:
+    """Of `route_topk` without bias, groups or scale, and of `load_balancing_loss`."""
+    forward: list[Spec] = [
+        TopKSpec(experts, k, dtype, scoring, False, 1.0, False, 1, 1),
+        PlanSpec(experts, k, "i32"),
+        BalanceSpec(experts, k, dtype),
+    ]
+    backward: list[Spec] = [
+        TopKBackwardSpec(experts, k, dtype, scoring, False, 1.0),
+        BalanceBackwardSpec(experts, k, dtype),
+    ]
+    return forward + backward if training else forward

@@ -1,0 +1,179 @@
+"""Compiling a layer's kernels side by side: which kernels, by whom, and what happens without it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import sonicmoe
+from sonicmoe import ops
+from sonicmoe.cute_kernels.aggregate import AggregateSpec
+from sonicmoe.jit import ahead, cache, compile, kernels, target
+from sonicmoe.ops import _gemm
+from sonicmoe.ops import ahead as layer_kernels
+
+SPECS = [AggregateSpec(width, "bf16", 2, weighted=True) for width in (64, 72, 80)]
+T, E, K, H, I = 6, 8, 2, 64, 32  # noqa: E741
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, two jobs, and nothing asked for yet; no worker outlives the test."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(ahead.VARIABLE, "2")
+    monkeypatch.setattr(ahead, "_asked", set())
+    monkeypatch.setattr(ahead, "_workers", [])
+    yield tmp_path
+    ahead._stop()
+
+
+def _wait() -> None:
+    for worker in ahead._workers:
+        assert worker.wait(120) == 0
+
+
+def _there(folder: Path) -> list[bool]:
+    return [cache.path_of(spec, folder).exists() for spec in SPECS]
+
+
+def test_workers_compile_all_but_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead.compile_ahead(SPECS)
+    assert len(ahead._workers) == 2
+    _wait()
+    assert _there(folder) == [False, True, True]
+    monkeypatch.setattr(compile, "compile_spec", lambda *_: pytest.fail("compiled again"))
+    for spec in SPECS[1:]:
+        cache.function_of(spec)
+
+
+def test_it_returns_at_once_and_the_callers_own_compilation_meets_the_workers(folder: Path) -> None:
+    start = time.perf_counter()
+    ahead.compile_ahead(SPECS)
+    assert time.perf_counter() - start < 1
+    for spec in SPECS:
+        cache.function_of(spec)
+    assert _there(folder) == [True, True, True]
+    _wait()
+    assert sorted(f.suffix for f in folder.iterdir() if f.suffix != ".lock") == [".o"] * 3
+
+
+def test_nothing_is_asked_for_twice_nor_what_is_there(folder: Path) -> None:
+    ahead.compile_ahead(SPECS[:2])
+    ahead.compile_ahead(SPECS[:2])
+    assert len(ahead._workers) == 1
+    _wait()
+    ahead._asked.clear()
+    ahead.compile_ahead(SPECS[:2])
+    assert len(ahead._workers) == 1, "one is there, the other is the caller's"
+
+
+@pytest.mark.parametrize("variable", [cache.VARIABLE, ahead.VARIABLE])
+def test_it_can_be_turned_off(folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "0" if variable == ahead.VARIABLE else "")
+    ahead.compile_ahead(SPECS)
+    assert ahead._workers == []
+
+
+def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ahead.VARIABLE, "3")
+    assert ahead.jobs() == 3
+    for nothing in ("", "many"):
+        monkeypatch.setenv(ahead.VARIABLE, nothing)
+        monkeypatch.setattr(ahead.os, "cpu_count", lambda: 128)
+        assert ahead.jobs() == ahead.MOST_JOBS
+        monkeypatch.setattr(ahead.os, "cpu_count", lambda: None)
+        assert ahead.jobs() == 0
+
+
+def test_no_process_to_be_had_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead.sys, "executable", str(folder / "nothing"))
+    ahead.compile_ahead(SPECS)
+    assert ahead._workers == []
+
+
+def test_filling_does_not_wait_for_another_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "compile_spec", lambda *_: pytest.fail("another process is at it"))
+    with cache._locked(cache.path_of(SPECS[0], folder).with_suffix(".lock")):
+        cache.fill(SPECS[0])
+    assert _there(folder) == [False, False, False]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The specs of a layer's launches, for tensors on the CPU that are taken as on an H200; nothing is computed."""
+    found: list[Any] = []
+
+    def recorder(spec: Any) -> Callable[..., None]:
+        return lambda *arguments: found.append(spec)
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("sonicmoe.")]:
+        if hasattr(module, "is_hopper"):
+            monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    monkeypatch.setattr(target, "capability", lambda device: target.HOPPER)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(kernels, "_functions", {})
+    monkeypatch.setattr(cache, "function_of", recorder)
+    _gemm._forget()
+    layer_kernels.compile_layer.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("activation", "w1_layout"), [("swiglu", "concat"), ("swiglu", "interleaved"), ("relu2", "concat")]
+)
+@pytest.mark.parametrize("add_bias", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("routing", ["topk", "token_rounding"])
+def test_what_is_compiled_ahead_is_what_a_layer_launches(
+    launched: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    activation: str,
+    w1_layout: str,
+    add_bias: bool,
+    training: bool,
+    routing: str,
+) -> None:
+    asked: dict[Any, None] = {}
+    monkeypatch.setattr(layer_kernels, "compile_ahead", lambda specs: asked.update(dict.fromkeys(specs)))
+    moe = sonicmoe.MoE(
+        E, K, H, I, activation, add_bias, routing=routing, w1_layout=w1_layout, tile_m=4, dtype=torch.bfloat16
+    )
+    x = torch.randn(T, H, dtype=torch.bfloat16, requires_grad=True)
+    with torch.set_grad_enabled(training):
+        o, loss = moe(x)
+    if training:
+        torch.autograd.grad((o.sum() + loss), [x, *moe.parameters()])
+    of_experts = {s for s in launched if _is_gemm(s)}
+    assert of_experts == {s for s in asked if _is_gemm(s)}
+    rest = {s for s in launched if not _is_gemm(s)} - set(asked)
+    # The biases' own sums are quick to compile; token rounding has kernels of its own in top-K's place.
+    others = {"token_rounding", "token_rounding_backward", "balance", "balance_backward"}
+    allowed = {"bias_grad"} | (others if routing == "token_rounding" else set())
+    assert {s.name.removesuffix("_sm_90a") for s in rest} <= allowed
+    assert set(asked) <= set(launched)
+
+
+def _is_gemm(spec: Any) -> bool:
+    return hasattr(spec, "variant")
+
+
+def test_the_layer_asks_once_and_only_for_dtypes_with_kernels(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(layer_kernels, "compile_ahead", asked.append)
+    form = ((E, H, I), torch.bfloat16, "swiglu", "concat", (False, False), K, True)
+    for _ in range(3):
+        ops.compile_layer(None, *form)
+    assert len(asked) == 1
+    ops.compile_layer(None, form[0], torch.float32, *form[2:])
+    assert len(asked) == 1
