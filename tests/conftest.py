@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
@@ -12,6 +13,9 @@ import torch
 
 # Dynamo notes torch's functions by identity when it is first imported: that must be before any of them is patched.
 import torch._dynamo
+
+# Tests of many shapes in many processes would start many more, for kernels that most of them never call.
+os.environ.setdefault("SONICMOE_COMPILE_JOBS", "0")
 
 _ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 

@@ -39,7 +39,8 @@ def compile_ahead(specs: Iterable[Spec]) -> None:
     The first one missing is left to the caller, who is about to need it. None is asked for twice.
     """
     root = cache.folder()
-    if root is None or jobs() == 0:
+    # Without an interpreter of its own, as in a frozen program, there is nothing to start.
+    if root is None or jobs() == 0 or not sys.executable or hasattr(sys, "frozen"):
         return
     new = [s for s in dict.fromkeys(specs) if s not in _asked and s.why_invalid() is None]
     _asked.update(new)
