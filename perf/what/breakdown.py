@@ -58,14 +58,15 @@ class Marks:
 @contextlib.contextmanager
 def marked_ops(marks: Marks) -> Iterator[None]:
     names = dict.fromkeys(k.removesuffix("_dx") for k in roofline.KERNELS)
-    originals = {name: getattr(ops, name) for name in names}
+    # A layer calls the ops or, where torch's dispatcher has nothing to do, their bodies.
+    originals = [(holder, name, getattr(holder, name)) for holder in (ops, ops.bodies) for name in names]
     try:
-        for name, op in originals.items():
-            setattr(ops, name, marks.wrap(name, op))
+        for holder, name, op in originals:
+            setattr(holder, name, marks.wrap(name, op))
         yield
     finally:
-        for name, op in originals.items():
-            setattr(ops, name, op)
+        for holder, name, op in originals:
+            setattr(holder, name, op)
 
 
 def _router_products(problem: Problem) -> Case:

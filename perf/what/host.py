@@ -26,9 +26,10 @@ def launches(problem: Problem) -> Callable[[], object]:
     activation, backend = str(form.kind), form.backend
 
     def call() -> object:
-        _, a = ops.up_proj(x, w1, b1, plan.cu_rows, plan.row_token, activation, "concat", True, backend)
-        y = ops.down_proj(a, w2, b2, plan.cu_rows, backend)
-        return ops.aggregate(y, plan.scores, None, plan.slot_row, plan.cu_slots, problem.shape.T, backend)
+        run = ops.steps(plan.cu_rows)
+        _, a = run.up_proj(x, w1, b1, plan.cu_rows, plan.row_token, activation, "concat", True, backend)
+        y = run.down_proj(a, w2, b2, plan.cu_rows, backend)
+        return run.aggregate(y, plan.scores, None, plan.slot_row, plan.cu_slots, problem.shape.T, backend)
 
     return call
 

@@ -33,10 +33,11 @@ def forward_steps(
 ) -> tuple[Tensor, Tensor]:
     """o (T, H), and h (R, G*I) if kept. plan: cu_rows, row_token, row_slot, slot_row, cu_slots of a Routing."""
     cu_rows, row_token, _, slot_row, cu_slots = plan
-    h, a = ops.up_proj(x, w1, b1, cu_rows, row_token, form.activation, form.w1_layout, keep_h, form.backend)
-    y = ops.down_proj(a, w2, b2, cu_rows, form.backend)
+    run = ops.steps(x)
+    h, a = run.up_proj(x, w1, b1, cu_rows, row_token, form.activation, form.w1_layout, keep_h, form.backend)
+    y = run.down_proj(a, w2, b2, cu_rows, form.backend)
     del a  # before o is allocated
-    o, _ = ops.aggregate(y, scores, None, slot_row, cu_slots, x.shape[0], form.backend)
+    o, _ = run.aggregate(y, scores, None, slot_row, cu_slots, x.shape[0], form.backend)
     return o, h
 
 
@@ -86,32 +87,33 @@ class MoEExperts(torch.autograd.Function):
         needs_x, needs_w1, needs_w2, needs_b1, needs_b2, needs_scores = ctx.needs_input_grad[:6]
         activation, w1_layout, backend = ctx.form
         do = do.contiguous()
+        run = ops.steps(do)
         dx = dw1 = dw2 = db1 = db2 = dscores = None
 
         if needs_b2:
-            db2 = ops.bias_grad(do, cu_rows, row_token, scores, row_slot, backend).to(ctx.dtype)
+            db2 = run.bias_grad(do, cu_rows, row_token, scores, row_slot, backend).to(ctx.dtype)
         if not (needs_x or needs_w1 or needs_w2 or needs_b1 or needs_scores):
             return (None, None, None, None, db2) + (None,) * 9
-        dh, a_s, parts = ops.down_dgrad(do, w2, b2, h, scores, cu_rows, row_token, row_slot, activation, backend)
+        dh, a_s, parts = run.down_dgrad(do, w2, b2, h, scores, cu_rows, row_token, row_slot, activation, backend)
         if needs_w2 and ctx.w2_grad is not None:
-            ops.down_wgrad_add_(ctx.w2_grad, do, a_s, cu_rows, row_token, backend)
+            run.down_wgrad_add_(ctx.w2_grad, do, a_s, cu_rows, row_token, backend)
         elif needs_w2:
-            dw2 = ops.down_wgrad(do, a_s, cu_rows, row_token, backend)
+            dw2 = run.down_wgrad(do, a_s, cu_rows, row_token, backend)
         del a_s  # the peak of memory is in the next step
         if needs_x:
-            dx_rows = ops.up_dgrad(dh, w1, cu_rows, w1_layout, backend)
-            dx, dscores = ops.aggregate(
+            dx_rows = run.up_dgrad(dh, w1, cu_rows, w1_layout, backend)
+            dx, dscores = run.aggregate(
                 dx_rows, None, parts if needs_scores else None, slot_row, cu_slots, ctx.num_tokens, backend
             )
             del dx_rows
         elif needs_scores:
             dscores = scores_grad(parts, slot_row)
         if needs_w1 and ctx.w1_grad is not None:
-            ops.up_wgrad_add_(ctx.w1_grad, x, dh, cu_rows, row_token, w1_layout, backend)
+            run.up_wgrad_add_(ctx.w1_grad, x, dh, cu_rows, row_token, w1_layout, backend)
         elif needs_w1:
-            dw1 = ops.up_wgrad(x, dh, cu_rows, row_token, w1_layout, backend)
+            dw1 = run.up_wgrad(x, dh, cu_rows, row_token, w1_layout, backend)
         if needs_b1:
-            db1 = ops.bias_grad(dh, cu_rows, None, None, None, backend).to(ctx.dtype)
+            db1 = run.bias_grad(dh, cu_rows, None, None, None, backend).to(ctx.dtype)
             if w1_layout == "interleaved":
                 db1 = db1.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
         return (dx, dw1, dw2, db1, db2, dscores if needs_scores else None) + (None,) * 8

@@ -9,6 +9,7 @@ import pytest
 import torch
 from strategies import build_routing, build_weights, ragged_assigned, top_k_assigned
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sonicmoe import InvalidArgument, ops, reference
 from sonicmoe.ops._op import define
@@ -119,6 +120,46 @@ def test_an_op_without_a_kernel_says_so_and_one_with_it_runs_it() -> None:
         without(x, "cute")
     assert torch.equal(without(x, "torch"), -x) and torch.equal(both(x, "torch"), -x)
     assert torch.equal(both(x, "cute"), x.exp())
+
+
+def test_the_dispatcher_is_left_out_only_where_it_has_nothing_to_do() -> None:
+    x = torch.ones(3)
+    watched: list[bool] = []
+
+    def look(t: torch.Tensor) -> torch.Tensor:
+        watched.append(ops.steps(t) is ops)
+        return t
+
+    look(x)
+    look(torch.nn.Parameter(x))
+    assert watched == [False, False]
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(x))
+        look(x)
+    look(x.to("meta"))
+    torch.vmap(look)(x)
+    torch.func.grad(lambda t: look(t).sum())(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        look(x)
+    look(TwoTensor(x, x))
+    assert watched[2:] == [True] * 7
+    look(x)
+    assert watched[-1] is False
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_bodies_give_what_the_ops_give(call: str) -> None:
+    arguments = _calls(ragged=True)[call]
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    op, body = _op(call), getattr(ops.bodies, call.split()[0])
+    before = [a._version if isinstance(a, torch.Tensor) else 0 for a in copies]
+    for a, b in zip(_tensors(op(*arguments, "torch")), _tensors(body(*copies, "torch")), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True) if isinstance(a, torch.Tensor))
+    mutated = [a._version > v for a, v in zip(copies, before, strict=True) if isinstance(a, torch.Tensor)]
+    assert mutated.count(True) == call.endswith("add_")
+    with pytest.raises(InvalidArgument, match="backend: got 'triton'"):
+        body(*copies, "triton")
 
 
 def test_the_backend_must_come_last() -> None:

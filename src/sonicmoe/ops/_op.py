@@ -6,12 +6,17 @@ Low-level definitions rather than `torch.library.custom_op`, whose Python wrappe
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sonicmoe.errors import InvalidArgument
 
+# The bodies of the ops, by name: called as the ops are, without torch's dispatcher.
+bodies = SimpleNamespace()
+_PLAIN = (Tensor, torch.nn.Parameter)
 _library = torch.library.Library("sonicmoe", "DEF")
 
 
@@ -53,9 +58,23 @@ def define(
             torch.autograd.graph.increment_version(arguments[i])
         return result
 
+    setattr(bodies, name, body)
     _library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sonicmoe::{name}", fake, lib=_library)
     return op
+
+
+def is_watched(t: Tensor) -> bool:
+    """Whether the dispatcher would do more for an op on such tensors than to call its body: tracing, modes, transforms,
+    profiles, subclasses. Only for calls that record no gradient."""
+    return (
+        torch.compiler.is_compiling()
+        or type(t) not in _PLAIN
+        or t.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _on_its_device(cute: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
