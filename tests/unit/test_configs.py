@@ -92,6 +92,9 @@ def test_groups() -> None:
 
 def test_a_spec_that_is_not_valid_is_not_built() -> None:
     assert "multiples of 8" in (GemmSpec("down_proj", 8, 100, 64, "bf16", DOWN).why_invalid() or "")
+    gated = GemmSpec("up_proj", 8, 256, 64, "bf16", UP, halves=2, act=SWIGLU)
+    assert gated.why_invalid() is None
+    assert "swiglu does not have 1 halves" in (replace(gated, halves=1).why_invalid() or "")
     with pytest.raises(ValueError, match="multiples of 8"):
         GemmSpec("down_proj", 8, 128, 60, "bf16", DOWN).build()
     with pytest.raises(ValueError, match="two stages"):

@@ -77,6 +77,8 @@ class GemmSpec:
     def why_invalid(self) -> str | None:
         if self.n % 8 or self.k % 8:
             return f"n = {self.n} and k = {self.k} must be multiples of 8"
+        if self.act is not None and self.halves != (2 if self.act.gated else 1):
+            return f"{self.act} does not have {self.halves} halves"
         return self.tile.why_invalid(self.variant, self.groups, self.outs, self.halves)
 
     def build(self) -> tuple[GroupedGemm, tuple]:
