@@ -13,6 +13,7 @@ does.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,15 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import sonicmoe.integrations.transformers as sonicmoe_experts  # registers the implementation
@@ -96,10 +105,22 @@ def settings(a: argparse.Namespace) -> TrainingArguments:
         eval_steps=every,
         save_steps=every,
         save_total_limit=2,
-        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        report_to=[],
         use_cpu=not torch.cuda.is_available(),
         seed=a.seed,
     )
+
+
+def boards(a: argparse.Namespace) -> list[TrainerCallback]:
+    """TensorBoard, if it is there, with all of a run in the run's folder.
+
+    By itself it learns of that folder when training begins; what is evaluated before would go where the program began.
+    """
+    if find_spec("tensorboard") is None:
+        return []
+    board = TensorBoardCallback()
+    board.logging_dir = str(Path(a.out) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return [board]
 
 
 def run(a: argparse.Namespace) -> dict[str, float]:
@@ -118,6 +139,7 @@ def run(a: argparse.Namespace) -> dict[str, float]:
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
+        callbacks=boards(a),
     )
     before = trainer.evaluate()["eval_loss"] if newest is None else float("nan")
     trainer.train(resume_from_checkpoint=newest)

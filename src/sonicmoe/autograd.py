@@ -33,7 +33,7 @@ def forward_steps(
 ) -> tuple[Tensor, Tensor]:
     """o (T, H), and h (R, G*I) if kept. plan: cu_rows, row_token, row_slot, slot_row, cu_slots of a Routing."""
     cu_rows, row_token, _, slot_row, cu_slots = plan
-    run = ops.steps(x)
+    run = ops.steps(x, w1, w2, b1, b2, scores, *plan)
     h, a = run.up_proj(x, w1, b1, cu_rows, row_token, form.activation, form.w1_layout, keep_h, form.backend)
     y = run.down_proj(a, w2, b2, cu_rows, form.backend)
     del a  # before o is allocated
@@ -83,11 +83,12 @@ class MoEExperts(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, b2, h, scores, cu_rows, row_token, row_slot, slot_row, cu_slots = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under checkpointing they are computed anew each time
+        x, w1, w2, b2, h, scores, cu_rows, row_token, row_slot, slot_row, cu_slots = saved
         needs_x, needs_w1, needs_w2, needs_b1, needs_b2, needs_scores = ctx.needs_input_grad[:6]
         activation, w1_layout, backend = ctx.form
         do = do.contiguous()
-        run = ops.steps(do)
+        run = ops.steps(do, *saved, ctx.w1_grad, ctx.w2_grad)
         dx = dw1 = dw2 = db1 = db2 = dscores = None
 
         if needs_b2:

@@ -63,9 +63,13 @@ def test_it_learns_and_saves(example: ModuleType, trained: tuple[Path, dict[str,
 
 
 def test_eager_experts_learn_the_same(
-    example: ModuleType, trained: tuple[Path, dict[str, float]], tmp_path: Path
+    example: ModuleType, trained: tuple[Path, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started_in = tmp_path / "elsewhere"
+    started_in.mkdir()
+    monkeypatch.chdir(started_in)
     losses = train(example, tmp_path / "out", "--experts", "eager")
+    assert not list(started_in.iterdir()), "all of a run is in its folder"
     for when, loss in trained[1].items():
         assert losses[when] == pytest.approx(loss, rel=2e-3), when
 

@@ -143,6 +143,8 @@ def test_the_dispatcher_is_left_out_only_where_it_has_nothing_to_do() -> None:
         look(x)
     look(TwoTensor(x, x))
     assert watched[2:] == [True] * 7
+    assert ops.steps(x, None, TwoTensor(x, x)) is ops, "also where only a weight is more than a tensor"
+    assert ops.steps(x, None, x) is ops.bodies
     look(x)
     assert watched[-1] is False
 

@@ -76,7 +76,7 @@ class GroupedGemm:
         storage = cutlass.memory.SmemAllocator().allocate(self.storage())
         bars = self.mainloop.ring.barriers(storage.ring.data_ptr())
         table = storage.table.get_tensor(cute.make_layout(self.groups.table_size))
-        self.set_up(a, b, outputs, cu_rows, storage, bars, table, warp, lane)
+        self.set_up(a, b, outputs, cu_rows, bars, table, warp, lane)
         if group == 0:
             self.produce(a, b, outputs, cu_rows, storage, bars, table, tid, warp, lane)
         if group > 0:
@@ -84,7 +84,7 @@ class GroupedGemm:
         self.meet()  # no CTA may leave while another of its cluster can still write into its shared memory
 
     @cute.jit
-    def set_up(self, a, b, outputs, cu_rows, storage, bars, table, warp, lane):
+    def set_up(self, a, b, outputs, cu_rows, bars, table, warp, lane):
         if warp == 0:
             prefetch_descriptors(a, b, *outputs)
             with cute.arch.elect_one():

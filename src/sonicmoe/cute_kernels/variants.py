@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .grouped_gemm import GroupedGemm
 
 ARCH = "sm_90a"
-PART_COLUMNS = 128
 
 
 def outputs(variant: str, halves: int, keep_h: bool = True) -> int:

@@ -135,7 +135,7 @@ def _intact(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """One process at a time; BlockingIOError if another has it and none is to wait. It goes with its holder's death."""
+    """One process at a time; BlockingIOError if another has it and not to wait. A holder that dies lets it go."""
     with path.open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

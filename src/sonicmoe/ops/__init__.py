@@ -48,9 +48,9 @@ __all__ = [
 ]
 
 
-def steps(t: Tensor) -> Any:
-    """The ops as a layer calls them on tensors like t, where no gradient is recorded.
+def steps(*tensors: Tensor | None) -> Any:
+    """The ops as a layer calls them on tensors that come from outside of it, where no gradient is recorded.
 
     Through torch's dispatcher if that has anything to do there, else the bodies themselves, in four fifths of the time.
     """
-    return sys.modules[__name__] if is_watched(t) else bodies
+    return sys.modules[__name__] if is_watched(tensors) else bodies

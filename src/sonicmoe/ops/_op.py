@@ -64,13 +64,15 @@ def define(
     return op
 
 
-def is_watched(t: Tensor) -> bool:
-    """Whether the dispatcher would do more for an op on such tensors than to call its body: tracing, modes, transforms,
-    profiles, subclasses. Only for calls that record no gradient."""
+def is_watched(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the dispatcher would do more for ops on these tensors than to call their bodies.
+
+    As when something is traced, transformed or profiled, under a mode, or for a subclass such as DTensor, which has no
+    memory of its own for a kernel to read. Only for calls that record no gradient.
+    """
     return (
         torch.compiler.is_compiling()
-        or type(t) not in _PLAIN
-        or t.is_meta
+        or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd._profiler_enabled()

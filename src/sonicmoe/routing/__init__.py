@@ -1,4 +1,4 @@
-"""From logits, or a model's own choice of experts, to a `Routing`: plain torch, never waiting for the device."""
+"""From logits, or a model's own choice, to a `Routing`, by ops or by plain torch. Nothing waits for the device."""
 
 from sonicmoe.routing.given import route_assigned, route_pairs, route_rows
 from sonicmoe.routing.invariants import check_invariants

@@ -51,13 +51,13 @@ class _LoadBalance(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, cu_rows: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(logits, cu_rows)
         ctx.k = k
-        return ops.steps(logits).load_balance(logits, cu_rows, k, "cute")
+        return ops.steps(logits, cu_rows).load_balance(logits, cu_rows, k, "cute")
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, cu_rows = ctx.saved_tensors
         with torch.no_grad():
-            dlogits = ops.steps(logits).load_balance_backward(dloss, logits, cu_rows, ctx.k, "cute")
+            dlogits = ops.steps(dloss, logits, cu_rows).load_balance_backward(dloss, logits, cu_rows, ctx.k, "cute")
         return *once("load_balancing_loss", (dlogits,)), None, None
 
 

@@ -62,4 +62,6 @@ def plan(expert_ids: Tensor, num_experts: int, slot_token: Tensor | None = None)
         The index arrays, with as many rows as there are slots; int32.
     """
     cute = is_hopper(expert_ids.device) and ops.plan_has_kernel(expert_ids, num_experts)
-    return Plan(*ops.steps(expert_ids).plan(expert_ids, slot_token, num_experts, "cute" if cute else "torch"))
+    return Plan(
+        *ops.steps(expert_ids, slot_token).plan(expert_ids, slot_token, num_experts, "cute" if cute else "torch")
+    )

@@ -86,7 +86,7 @@ class _TokenRounding(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, draws: Tensor | None, k: int, tile_m: int, rule: str, num_slots: int
     ) -> tuple[Tensor, ...]:
-        outputs = ops.steps(logits).token_rounding(logits, draws, k, tile_m, rule, num_slots, "cute")
+        outputs = ops.steps(logits, draws).token_rounding(logits, draws, k, tile_m, rule, num_slots, "cute")
         rounded = Rounded(*outputs)
         ctx.save_for_backward(logits, rounded.cu_slots, rounded.chosen, rounded.kept)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -96,7 +96,9 @@ class _TokenRounding(torch.autograd.Function):
     def backward(ctx: Any, dscores: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, cu_slots, chosen, kept = ctx.saved_tensors
         with torch.no_grad():
-            dlogits = ops.steps(logits).token_rounding_backward(dscores, logits, cu_slots, chosen, kept, "cute")
+            dlogits = ops.steps(dscores, logits).token_rounding_backward(
+                dscores, logits, cu_slots, chosen, kept, "cute"
+            )
         return *once("route_token_rounding", (dlogits,)), None, None, None, None, None
 
 

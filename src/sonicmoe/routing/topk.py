@@ -108,7 +108,9 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, k: int, bias: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor]:
         kind, renormalize, num_groups, top_groups, scale = scoring
-        scores, ids = ops.steps(logits).topk(logits, k, bias, kind, renormalize, num_groups, top_groups, scale, "cute")
+        scores, ids = ops.steps(logits, bias).topk(
+            logits, k, bias, kind, renormalize, num_groups, top_groups, scale, "cute"
+        )
         ctx.save_for_backward(logits, ids)
         ctx.scoring = scoring
         ctx.mark_non_differentiable(ids)
@@ -119,5 +121,7 @@ class _TopK(torch.autograd.Function):
         logits, ids = ctx.saved_tensors
         kind, renormalize, _, _, scale = ctx.scoring
         with torch.no_grad():
-            dlogits = ops.steps(logits).topk_backward(dscores, ids, logits, kind, renormalize, scale, "cute")
+            dlogits = ops.steps(dscores, ids, logits).topk_backward(
+                dscores, ids, logits, kind, renormalize, scale, "cute"
+            )
         return *once("route_topk", (dlogits,)), None, None, None
