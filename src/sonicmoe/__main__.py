@@ -25,9 +25,9 @@ from sonicmoe.routing import RULES
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m sonicmoe",
-        description="Train a byte-level MoE language model on the documentation that ships with Python, once per "
-        "routing, and write a table, a plot and the numbers. On a Hopper GPU by the CuTe kernels, in bf16, with "
-        "the speed of one 7B layer; elsewhere by the torch backend.",
+        description="Train a byte-level MoE language model, on the documentation that ships with Python unless --text "
+        "names other files, once per routing, and write a table, a plot and the numbers. On a Hopper GPU by the CuTe "
+        "kernels, in bf16, with the speed of one 7B layer; elsewhere by the torch backend.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="one training for each")
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training for each")
     p.add_argument("--device", help="cuda if there is one, else cpu")
     p.add_argument("--backend", choices=BACKENDS, default="auto", help="of sonicmoe")
+    p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="files to train on and hold out a tenth of")
     p.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for table.txt, results.json, loss.png")
     p.add_argument("--every", type=int, default=50, metavar="N", help="steps between looks at the held-out text")
     p.add_argument("--layer", action=argparse.BooleanOptionalAction, default=True, help="the 7B layer on a Hopper GPU")
@@ -110,8 +111,16 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
+def _texts(paths: Sequence[Path] | None) -> list[str] | None:
+    """What the files hold; None without files. Raises InvalidArgument for one that cannot be read."""
+    try:
+        return paths and [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    except OSError as error:
+        raise InvalidArgument("text", str(error), "files that can be read") from error
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    device, corpus = chosen_device(arguments.device), load_corpus()
+    device, corpus = chosen_device(arguments.device), load_corpus(_texts(arguments.text))
     size = chosen_size(arguments, device)
     if size.context >= len(corpus.held_out):
         raise InvalidArgument("context", size.context, f"less than {len(corpus.held_out)}, the held-out text")

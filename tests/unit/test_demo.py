@@ -159,6 +159,19 @@ def test_a_training_for_each_rule(tmp_path: Path) -> None:
     assert runs[2]["pairs"]["padded"] == 0 < runs[2]["pairs"]["dropped"]
 
 
+def test_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xff" + b"\n\n".join(b"paragraph %d" % i for i in range(400)))
+    assert main([*TINY_OPTIONS, "--routing", "topk", "--text", str(file), "--out", str(tmp_path)]) == 0
+    corpus = load_corpus([file.read_text(errors="replace")])
+    assert f"{len(corpus.train)} bytes to train on, {len(corpus.held_out)} held out" in capsys.readouterr().out
+    file.write_text("too little to hold anything out")
+    for path, said in ((file, "context: got 24, accepted less than 0"), (tmp_path / "nowhere", "text: got")):
+        with pytest.raises(SystemExit):
+            main([*TINY_OPTIONS, "--text", str(path), "--out", str(tmp_path)])
+        assert said in capsys.readouterr().err
+
+
 def test_spread_over_seeds() -> None:
     runs = [Run("topk", seed, [Point(1, 9.0, 9.0), Point(2, 1.0, loss)]) for seed, loss in enumerate((2.0, 3.0))]
     (line,) = report.spread_table(runs).splitlines()[2:]

@@ -36,7 +36,8 @@ def load_corpus(texts: Iterable[str] | None = None, every: int = 10, block: int 
 
 
 def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    # frombuffer takes no empty buffer
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 
 def random_windows(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
