@@ -76,6 +76,8 @@ class Machine:
             dict
         )  # (what, part) -> content, None in flight
         self.readers: dict[Stage, int] = defaultdict(int)  # products that read a stage
+        self.stores: dict[Stage, int] = defaultdict(int)  # likewise copies to global memory
+        self.storing: dict[int, deque[Stage]] = defaultdict(deque)  # thread -> those under way
         self.copies: dict[int, int] = defaultdict(int)  # thread -> cp.async copies under way
         self.groups: dict[int, deque[list[Any]]] = defaultdict(deque)  # thread -> groups of products under way
         self.issued: dict[int, list[Any]] = defaultdict(list)  # thread -> products not yet in a group
@@ -180,7 +182,7 @@ class Machine:
     # copies
 
     def overwrite(self, stage: Stage, key: tuple[str, int]) -> None:
-        assert not self.readers[stage], f"stage {stage} is overwritten while it is read"
+        assert not self.readers[stage] + self.stores[stage], f"stage {stage} is overwritten while it is read"
         held = self.stages[stage]
         for other in [o for o in held if (o[0] == FED) != (key[0] == FED)]:
             del held[other]  # operands and inputs of the epilogue take the same memory
@@ -207,6 +209,25 @@ class Machine:
             self.copies[thread] -= 1
 
         self.lockstep.later(lands)
+
+    def write(self, stage: Stage) -> None:
+        """Results into a stage."""
+        assert not self.readers[stage], f"results in stage {stage} while it is read"
+
+    def store(self, stage: Stage) -> None:
+        """Have results copied away from a stage."""
+        queue = self.storing[self.thread]
+        queue.append(stage)
+        self.stores[stage] += 1
+
+        def read() -> None:
+            self.stores[queue.popleft()] -= 1
+
+        self.lockstep.later(read)
+
+    def cp_async_bulk_wait_group(self, pending: int, read: bool) -> None:
+        queue = self.storing[self.thread]
+        self.lockstep.wait(lambda: len(queue) <= pending)
 
     def read(self, stage: Stage) -> Any:
         """A stage's content, which must be all there."""

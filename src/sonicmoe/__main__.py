@@ -114,7 +114,7 @@ def chosen_device(name: str | None) -> torch.device:
 def _texts(paths: Sequence[Path] | None) -> list[str] | None:
     """What the files hold; None without files. Raises InvalidArgument for one that cannot be read."""
     try:
-        return paths and [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        return None if paths is None else [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     except OSError as error:
         raise InvalidArgument("text", str(error), "files that can be read") from error
 

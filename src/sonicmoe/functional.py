@@ -72,7 +72,7 @@ def moe_experts(
         x, w1, w2, b1, b2 = _autocast(torch.get_autocast_dtype(device_type), x, w1, w2, b1, b2)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     check_layout(w1_layout, gated)
-    _check_tensors(x, w1, w2, b1, b2, gated)
+    check_tensors(x, w1, w2, b1, b2, gated)
     _check_routing(routing, tokens, w1.shape[0])
     _check_grad_buffers(w1, w2, w1_grad, w2_grad)
     backend = resolve_backend(backend, x, w2)
@@ -92,7 +92,8 @@ def moe_experts(
     if training:
         o = MoEExperts.apply(tokens, w1, w2, b1, b2, scores, *plan, w1_grad, w2_grad, form)
     else:
-        o, _ = forward_steps(tokens, w1, w2, b1, b2, scores, plan, form, keep_h=False)
+        run = ops.steps(tokens, w1, w2, b1, b2, scores, *plan)
+        o, _ = forward_steps(run, tokens, w1, w2, b1, b2, scores, plan, form, keep_h=False)
     return o if x.dim() == 2 else o.view(x.shape)
 
 
@@ -112,7 +113,7 @@ def check_layout(w1_layout: str, gated: bool) -> None:
         raise InvalidArgument("w1_layout", "'interleaved'", "'concat': a plain activation has no gate and up rows")
 
 
-def _check_tensors(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool) -> None:
+def check_tensors(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool) -> None:
     """Dtypes, devices, shapes and contiguity of everything but the routing."""
     dtype, device, hidden = x.dtype, x.device, x.shape[-1]
     if dtype not in _DTYPES:

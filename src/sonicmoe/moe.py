@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sonicmoe import ops
+from sonicmoe import layer, ops
 from sonicmoe.activations import Activation
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import BACKENDS, check_layout, moe_experts
 from sonicmoe.jit.target import is_hopper
+from sonicmoe.layer import Kind, Settings, Weights
 from sonicmoe.routing import Routing, load_balancing_loss, route_token_rounding, route_topk
 
 ROUTINGS = ("topk", "token_rounding")
@@ -106,9 +107,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., H) -> o, of x's shape and dtype, and the load balancing loss, a scalar in fp32 (unscaled)."""
-        shape = tuple(x.shape)
-        _check("x.shape", shape, shape[-1:] == (self.hidden_size,), f"(..., {self.hidden_size})")
+        if x.shape[-1:] != (self.hidden_size,):
+            raise InvalidArgument("x.shape", tuple(x.shape), f"(..., {self.hidden_size})")
         if is_hopper(x.device) and self.backend != "torch" and not torch.compiler.is_compiling():
+            if (as_one := self._as_one(x)) is not None:
+                return layer.run(x, *as_one)
             self._compile_ahead(x)
         logits = self.router(x.reshape(-1, self.hidden_size))
         routing = self.route(logits)
@@ -124,6 +127,26 @@ class MoE(nn.Module):
             backend=self.backend,
         )
         return o, load_balancing_loss(logits, routing, self.num_experts_per_tok)
+
+    def _as_one(self, x: Tensor) -> tuple[Weights, Kind] | None:
+        """What `layer.run` needs, if this layer can be run as one, and None if it must be step by step."""
+        by_itself = type(self).route is MoE.route and "route" not in self.__dict__
+        few = 0 < x.numel() <= layer.MOST_TOKENS * self.hidden_size
+        router, own = self._modules.get("router"), self._parameters
+        if not by_itself or not few or not x.is_contiguous() or type(router) is not nn.Linear:
+            return None
+        # Not self.w1, which nn.Module finds last. A parametrized one, which is computed at each call, is not there.
+        weight, w1, w2 = router._parameters.get("weight"), own.get("w1"), own.get("w2")
+        if weight is None or w1 is None or w2 is None:
+            return None
+        weights = Weights(weight, w1, w2, self.b1, self.b2)
+        if layer.is_seen(router, x, weights):
+            return None
+        rounding = (self.tile_m, self.rule) if self.routing == "token_rounding" and self.training else None
+        form = (str(self.activation), self.w1_layout, self.backend)
+        settings = Settings(self.num_experts_per_tok, *form, self.scoring, self.renormalize, rounding)
+        kind = layer.kind_of(settings, x, weights, torch.is_grad_enabled())
+        return None if kind is None else (weights, kind)
 
     def _compile_ahead(self, x: Tensor) -> None:
         """Have every kernel of the layer compiled while the first of them is."""

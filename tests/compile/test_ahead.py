@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import sonicmoe
-from sonicmoe import ops
+from sonicmoe import layer, ops
 from sonicmoe.cute_kernels.aggregate import AggregateSpec
 from sonicmoe.jit import ahead, cache, compile, kernels, target
-from sonicmoe.ops import _gemm
+from sonicmoe.ops import _cute, _gemm
 from sonicmoe.ops import ahead as layer_kernels
 
 SPECS = [AggregateSpec(width, "bf16", 2, weighted=True) for width in (64, 72, 80)]
@@ -122,8 +122,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(kernels, "_functions", {})
     monkeypatch.setattr(cache, "function_of", recorder)
-    _gemm._forget()
-    layer_kernels.compile_layer.cache_clear()
+    monkeypatch.setattr(layer, "_kinds", {})
+    for found_before in (_gemm.spec_of, _gemm._kernel, _cute._kernel, layer_kernels.compile_layer):
+        found_before.cache_clear()
     return found
 
 

@@ -1,9 +1,9 @@
 """Token rounding on the GPU.
 
 Which pairs are kept depends on the order of scores, and those of two exponentials need not round alike. So the kernels
-are held to their own scores: from the keys that they report, torch on the CPU must get exactly the same pairs, slots,
-rows and scores; and these scores, and what top-K chose, are compared with torch's. Where scores are well apart, all is
-equal.
+are held to their own scores: from those that they report when all pairs are kept, torch on the CPU must get exactly
+the same pairs, slots, rows and scores; and these scores, and what top-K chose, are compared with torch's. Where
+scores are well apart, all is equal.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from routing_cases import logits_of_counts, skewed_logits, tied_logits
 from torch import Tensor
 
 from sonicmoe import Routing, jit, ops, reference, route_token_rounding
-from sonicmoe.cute_kernels.rounding import MAX_EXPERTS, TILE, RoundingSpec, masks
+from sonicmoe.cute_kernels.rounding import MAX_EXPERTS, RoundingSpec, masks
 from sonicmoe.reference.scores import working
 from sonicmoe.reference.token_rounding import Rounded, packed, pair_scores, rounded, unpacked
 from sonicmoe.routing import RULES, check_invariants
 
 DEVICE = "cuda"
-CHOSEN = 1 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DETERMINISTIC = ("nearest", "balanced", "up", "down")
 
@@ -34,14 +33,26 @@ def bound(tokens: int, experts: int, k: int, tile_m: int) -> int:
 
 
 class Launched(NamedTuple):
-    """On the CPU: the results, and the keys of all pairs (T, E)."""
+    """On the CPU: the results, and the scores of all pairs (T, E) of experts that top-K chose at all, 0 else."""
 
     rounded: Rounded
-    keys: Tensor
+    scores: Tensor
 
 
-def launch(logits: Tensor, k: int, tile_m: int, rule: str, draws: Tensor | None, guard: int = 8) -> Launched:
-    """The kernels with buffers of our own, whose guards and padding are shown to be left alone."""
+def launch(logits: Tensor, k: int, tile_m: int, rule: str, draws: Tensor | None) -> Launched:
+    """The kernels; and again with tiles of all tokens, so that each expert of any token keeps all of them."""
+    tokens, experts = logits.shape
+    actual, every = launch_once(logits, k, tile_m, rule, draws), launch_once(logits, k, tokens, "up", None)
+    kept = unpacked(every.kept, experts)
+    assert torch.equal(kept, unpacked(every.chosen, experts).any(dim=0).expand(tokens, experts))
+    scores = torch.zeros(tokens, experts)
+    # Slots are in the order of tokens, then of experts.
+    scores[kept] = every.scores[: int(kept.sum())]
+    return Launched(actual, scores)
+
+
+def launch_once(logits: Tensor, k: int, tile_m: int, rule: str, draws: Tensor | None, guard: int = 8) -> Rounded:
+    """The kernels with buffers of our own, whose guards are shown to be left alone; scratch is noise."""
     tokens, experts = logits.shape
     name = next(n for n, d in DTYPES.items() if d == logits.dtype)
     spec = RoundingSpec(experts, k, name, rule, tile_m)
@@ -50,19 +61,20 @@ def launch(logits: Tensor, k: int, tile_m: int, rule: str, draws: Tensor | None,
     def index(*shape: int) -> Tensor:
         return torch.full(shape, -7, dtype=torch.int32, device=DEVICE)
 
-    keys, marks = index(experts, TILE * words), index(words, experts, 2)
-    state = torch.zeros(2 * experts + words, dtype=torch.int32, device=DEVICE)
+    softmax = torch.full((tokens, 4), math.nan, device=DEVICE)
+    tiles, marks, state = index(experts, words, 4), index(words, experts, 2), index(2 * experts + words)
+    if spec.counted:
+        state.zero_()
     sizes = (slots, experts + 1, slots, slots, slots, tokens + 1, tokens * masks(experts), tokens * masks(experts))
     buffers = [index(n + 2 * guard) for n in sizes]
     buffers[0] = torch.full((slots + 2 * guard,), -7.0, device=DEVICE)
     inside = [b[guard:-guard] for b in buffers]
     inside[-2:] = [b.view(tokens, masks(experts)) for b in inside[-2:]]
     on_gpu = None if draws is None else draws.to(DEVICE)
-    jit.launch(spec, logits.to(DEVICE), on_gpu, keys, state, marks, *inside)
+    jit.launch(spec, logits.to(DEVICE), on_gpu, softmax, tiles, state, marks, *inside)
     for n, b in zip(Rounded._fields, buffers, strict=True):
         assert (b[:guard] == -7).all() and (b[-guard:] == -7).all(), n
-    assert (keys[:, tokens:] == -1).all()
-    return Launched(Rounded(*(b.cpu() for b in inside)), keys[:, :tokens].T.cpu())
+    return Rounded(*(b.cpu() for b in inside))
 
 
 def check(logits: Tensor, k: int, tile_m: int, rule: str, seed: int = 0, ties: bool = False) -> bool:
@@ -75,14 +87,14 @@ def check(logits: Tensor, k: int, tile_m: int, rule: str, seed: int = 0, ties: b
     if rule.startswith("stochastic"):
         draws = torch.rand(experts, generator=torch.Generator().manual_seed(seed))
     slots = bound(tokens, experts, k, tile_m)
-    actual, keys = launch(logits, k, tile_m, rule, draws)
+    actual, scores = launch(logits, k, tile_m, rule, draws)
 
-    true_scores, true_chosen = pair_scores(working(logits.double()), k)
-    chosen = keys >= CHOSEN
-    scores = (keys & (CHOSEN - 1)).view(torch.float32)
-    assert torch.equal(chosen, true_chosen) and torch.equal(unpacked(actual.chosen, experts), true_chosen)
-    # Roundings of z - top, which is up to 30, of an exponential, a sum and a product; and fp32's least number.
-    assert ((scores.double() - true_scores).abs() <= 4e-6 * true_scores + 2e-38).all()
+    true_scores, chosen = pair_scores(working(logits.double()), k)
+    assert torch.equal(unpacked(actual.chosen, experts), chosen)
+    # Roundings of z - top, which is up to 30, and of its exponent to base 2, of a sum and products; and fp32's least
+    # normal number. An expert that no token chose reports none, and keeps none.
+    wrong = (scores.double() - true_scores).abs() > 4e-6 * true_scores + 2e-38
+    assert not wrong[:, chosen.any(dim=0)].any()
 
     expected = rounded(scores, chosen, draws, tile_m, rule, slots)
     for name, a, e in zip(Rounded._fields, actual, expected, strict=True):
@@ -90,7 +102,7 @@ def check(logits: Tensor, k: int, tile_m: int, rule: str, seed: int = 0, ties: b
     routing = Routing(*actual[:5], actual.cu_slots, tokens)
     check_invariants(routing)
     counts = routing.cu_rows.diff()
-    assert not (counts % tile_m).any() and ((counts - true_chosen.sum(0)).abs() < tile_m).all()
+    assert not (counts % tile_m).any() and ((counts - chosen.sum(0)).abs() < tile_m).all()
     by_torch = reference.token_rounding(logits, draws, k, tile_m, rule, slots)
     kept, of_torch = (unpacked(r.kept, experts) for r in (actual, by_torch))
     if rule != "stochastic_mass":
@@ -132,6 +144,18 @@ def test_many_to_find(tile_m: int, rule: str) -> None:
     check(skewed_logits(20000, 6, 0.7), 2, tile_m, rule)
 
 
+@pytest.mark.parametrize("k", [1, 10, 12, 13, 40])
+@pytest.mark.parametrize("rule", ["nearest", "stochastic_mass"])
+def test_many_experts(k: int, rule: str) -> None:
+    """The two greatest logits of a lane are looked at first, or not; and half as many warps select."""
+    check(skewed_logits(2000, 512, 0.5), k, 32, rule)
+    logits = skewed_logits(300, 512, 0.5)
+    # All of the K greatest are in the same lane's hands, or tied.
+    logits[:100, 5::32] += 20
+    logits[100:200] = tied_logits(100, 512, levels=3)
+    check(logits, k, 16, rule, ties=True)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tokens", [40, 3000])
 def test_equal_scores(rule: str, tokens: int) -> None:
@@ -163,7 +187,7 @@ def test_the_rules_by_hand() -> None:
         assert expected != [0] * 6
 
 
-@pytest.mark.parametrize(("tokens", "experts", "k"), [(24576, 128, 8), (32768, 256, 16), (16384, 512, 2)])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(24576, 128, 8), (32768, 256, 16), (16384, 512, 10)])
 @pytest.mark.parametrize("rule", ["nearest", "stochastic"])
 def test_shapes_of_the_paper(tokens: int, experts: int, k: int, rule: str) -> None:
     check(skewed_logits(tokens, experts, 0.5), k, 128, rule)

@@ -49,8 +49,7 @@ def experts_on_gpu(name: str, case: str = "", **overrides: Any) -> Any:
 
 
 def block_at(num_tokens: int) -> tuple[Any, Inputs]:
-    with torch.device(DEVICE):
-        experts = experts_module("qwen3_moe", **BLOCK).bfloat16()
+    experts = experts_module("qwen3_moe", **BLOCK).to(DEVICE, torch.bfloat16)
     return experts, inputs(experts, num_tokens, k=8, device=DEVICE, dtype=torch.bfloat16)
 
 

@@ -96,9 +96,13 @@ def test_which_calls_have_a_kernel() -> None:
 
 
 def test_once_raises_where_it_is_differentiated() -> None:
+    def gradients(*of: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        assert not torch.is_grad_enabled()
+        return of
+
     with torch.no_grad():
-        assert not once("f", (torch.ones(2), None))[0].requires_grad
-    passed, nothing = once("f", (torch.ones(2), None))
+        assert not once("f", gradients, torch.ones(2), None)[0].requires_grad
+    passed, nothing = once("f", gradients, torch.ones(2), None)
     assert nothing is None
     with pytest.raises(RuntimeError, match="sonicmoe.f has no second derivative"):
         passed.sum().backward()

@@ -6,6 +6,7 @@ The worst device is simulated: of the stores, each a commit group, all that may 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,13 @@ from as_written import as_written
 
 pytest.importorskip("cutlass")
 from sonicmoe.activations import Activation
-from sonicmoe.cute_kernels.epilogue import dact_reduce
+from sonicmoe.cute_kernels.epilogue import base
+from sonicmoe.cute_kernels.epilogue.act_store import ActStore
+from sonicmoe.cute_kernels.epilogue.base import RingEpilogue
 from sonicmoe.cute_kernels.epilogue.dact_reduce import DActReduce
 from sonicmoe.cute_kernels.epilogue.driver import Buffers
 
-FINISH_SUBTILE = as_written(DActReduce.finish_subtile)
+FINISH_SUBTILE = as_written(RingEpilogue.finish_subtile)
 TILES = 4
 MOST_SUBTILES = 8
 
@@ -71,38 +74,60 @@ def test_one_store_more_or_less_would_be_noticed(change: int, monkeypatch: pytes
         walk_ring(Buffers(None, 4, 12), 3)
 
 
-class Releases:
-    """Stands for the ring steps of one tile."""
+class Feed:
+    """Stands for the ring steps of one tile, as one warp has them."""
 
     def __init__(self, stores: Stores) -> None:
         self.stores, self.released = stores, []
 
-    def release(self, index: int) -> None:
-        assert ("stage", index) not in self.stores.reading(), "a stage goes back while a store reads it"
-        self.released.append(index)
+    def release(self, step: int) -> None:
+        assert ("stage", step) not in self.stores.reading(), "a stage goes back while a store reads it"
+        self.released.append(step)
 
 
-def walk_dact_reduce(epilogue: DActReduce, stores: Stores) -> None:
-    """Warp 0 of one warpgroup, and a warp that stores nothing: dh leaves from the ring, a_s from the buffers."""
+def walk_ring_epilogue(epilogue: RingEpilogue, stores: Stores) -> None:
+    """Warp 0 of one warpgroup, and a warp that stores nothing."""
+    own, last = epilogue.outs - epilogue.in_ring, epilogue.ring_steps - 1
     for _ in range(TILES):
-        steps, of_another = Releases(stores), Releases(Stores())
-        for index in range(epilogue.ring_steps):
-            a_s = "buffer", epilogue.buffers.index(index)
-            pending = epilogue.pending(index)
-            one_more = stores.would_be_reading(pending)
-            assert one_more is None or one_more == a_s, "one more store might have been under way"
-            stores.wait(pending)
-            assert a_s not in stores.reading()
-            stores.sources += [("stage", index)] * epilogue.halves + [a_s]
-            for warp, feed in enumerate((steps, of_another)):
-                FINISH_SUBTILE(epilogue, feed, SimpleNamespace(warp=warp), index)
-        assert steps.released == of_another.released == list(range(epilogue.ring_steps))
+        feed, of_another = Feed(stores), Feed(Stores())
+        stores.wait(0)  # as `Late` does while the first products run
+        for index in range(epilogue.blocks * epilogue.subtiles):
+            buffers = [("buffer", epilogue.buffers.index(index * own + i)) for i in range(own)]
+            if own:
+                pending = epilogue.pending(index)
+                one_more = stores.would_be_reading(pending)
+                assert one_more is None or one_more in buffers, "one more store might have been under way"
+                stores.wait(pending)
+            assert not stores.reading() & set(buffers)
+            stores.sources += [("stage", index // epilogue.per_step)] * epilogue.in_ring + buffers
+            for warp, of_warp in enumerate((feed, of_another)):
+                FINISH_SUBTILE(epilogue, of_warp, SimpleNamespace(warp=warp), index)
+        assert feed.released == list(range(last)) and of_another.released == list(range(last + 1))
 
 
-@pytest.mark.parametrize("act", ["swiglu", "silu"])
-def test_dh_leaves_from_the_ring(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for buffers, blocks, subtiles in itertools.product((1, 2, 3, 4), (1, 2), (1, 2, 4)):
-        epilogue = DActReduce(None, buffers, blocks, subtiles, Activation(act), 256, 256, 2, 3, (4, 2))
+def ring_epilogues(boxes: tuple[int, int]) -> Iterator[RingEpilogue]:
+    for subtiles, name in itertools.product((1, 2, 4), ("swiglu", "silu")):
+        ring, act = (1, subtiles, 2, 3, boxes), Activation(name)
+        yield from (DActReduce(None, buffers, *ring, act, 256, 256) for buffers in (1, 2, 3, 4))
+        whole = (
+            DActReduce(None, 0, *ring, act, 256, 256),
+            ActStore(None, 0, *ring, act, 256, 256, False, True),
+            ActStore(None, 0, *ring, act, 256, 256, False, False),
+        )
+        yield from (e for e in whole if 2 * e.outs <= sum(boxes))
+
+
+def test_outputs_that_leave_from_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    for epilogue in ring_epilogues((4, 2)):
+        assert epilogue.ring_bytes == 0 or epilogue.ring_steps == epilogue.blocks * epilogue.subtiles
         stores = Stores()
-        monkeypatch.setattr(dact_reduce, "wait_stores", stores.wait)
-        walk_dact_reduce(epilogue, stores)
+        monkeypatch.setattr(base, "wait_stores", stores.wait)
+        walk_ring_epilogue(epilogue, stores)
+
+
+@pytest.mark.parametrize("boxes", [(4, 2), (2, 2)])
+def test_boxes_of_a_stage_are_apart(boxes: tuple[int, int]) -> None:
+    for epilogue in ring_epilogues(boxes):
+        numbers = range(epilogue.per_step * epilogue.in_ring)
+        found = [(region, first + i) for region, first in map(epilogue.box, numbers) for i in (0, 1)]
+        assert len(set(found)) == 2 * len(numbers) and all(box < boxes[region] for region, box in found)

@@ -24,6 +24,7 @@ LAYERS = (
     ("routing",),
     ("autograd",),
     ("functional",),
+    ("layer",),
     ("moe",),
     ("demo", "compat", "integrations", "__init__"),
     ("__main__",),

@@ -23,11 +23,13 @@ from machine import BYTES, FED, LANES, PARTS_OF_K, WARPS, Address, Machine, Stag
 
 pytest.importorskip("cutlass")
 from sonicmoe.cute_kernels import grouped_gemm, mainloop, pipelines, scheduler
+from sonicmoe.cute_kernels.epilogue import base, driver
+from sonicmoe.cute_kernels.epilogue.base import RingEpilogue
 from sonicmoe.cute_kernels.grouped_gemm import GroupedGemm
-from sonicmoe.cute_kernels.groups import Tile
-from sonicmoe.cute_kernels.mainloop import Mainloop
+from sonicmoe.cute_kernels.groups import BLOCK_M, Tile
+from sonicmoe.cute_kernels.mainloop import BLOCK_K, Mainloop
 from sonicmoe.cute_kernels.operands import Load
-from sonicmoe.cute_kernels.pipelines import Ring
+from sonicmoe.cute_kernels.pipelines import Late, Ring
 from sonicmoe.cute_kernels.scheduler import Cooperative, PingPong
 
 
@@ -81,9 +83,14 @@ class Operand:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Turn i, of group i, has sizes[i] k steps."""
+    """Turn i, of group i, has sizes[i] k steps; of those in `short` only the first consumer has rows.
+
+    parts: if given, rows are what is reduced, and the last k step of turn i has so many blocks.
+    """
 
     sizes: tuple[int, ...]
+    short: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
 
     @property
     def k_steps(self) -> int:
@@ -93,58 +100,80 @@ class Tiles:
         return len(self.sizes)
 
     def tile(self, turn: int, rank: int, *_: Any) -> Tile:
-        return Tile(turn, 0, 0, 0, 0, 0, self.sizes[turn])
+        rows = BLOCK_M if turn in self.short else BLOCK_M + 1
+        if self.parts:
+            rows = max(0, ((self.sizes[turn] - 1) * PARTS_OF_K + self.parts[turn]) * BLOCK_K - 1)
+        return Tile(turn, 0, rows, 0, 0, 0, self.sizes[turn])
+
+    def has_rows(self, tile: Tile, first_block: int) -> bool:
+        return bool(self.parts) or first_block * BLOCK_M < tile.rows
+
+    def products(self, turn: int) -> list[tuple[int, int]]:
+        """(turn, k step) of each block along k"""
+        found = [(turn, k) for k in range(self.sizes[turn]) for _ in range(PARTS_OF_K)]
+        return found[: len(found) - PARTS_OF_K + self.parts[turn]] if self.parts and found else found
 
 
 @dataclass(frozen=True)
-class Results:
-    """An epilogue that takes note of the accumulators, and of inputs in ring steps of its own."""
+class Results(RingEpilogue):
+    """Takes note of the accumulators, and of what the ring steps that it works in bring it."""
 
     machine: Machine
-    ring_steps: int
+    count: int  # of outputs
+    inputs: bool
     found: dict[int, list[Any]]  # thread -> (tile, contents of its accumulators, its inputs)
 
-    ring_bytes = BYTES
+    @property
+    def outs(self) -> int:
+        return self.count
+
+    @property
+    def in_ring(self) -> int:
+        """As of down_dgrad: with buffers all but the last"""
+        return self.outs - 1 if self.buffer_count else self.outs if self.subtiles else 0
+
+    @property
+    def ring_bytes(self) -> int:
+        return BYTES if self.inputs else 0
 
     def feed(self, outputs: Any, tile: Tile, *_: Any) -> Callable[[int, int, Address], None]:
-        cta = self.machine.cta
-        return lambda i, stage, barrier: self.machine.bulk(cta, stage, (FED, 0), (tile.group, FED, i), barrier)
+        def load(i: int, stage: int, barrier: Address) -> None:
+            if self.inputs:
+                self.machine.bulk(self.machine.cta, stage, (FED, 0), (tile.group, FED, i), barrier)
+
+        return load
 
     def open(self, *_: Any) -> None:
         return None
 
     def run(self, outputs: Any, state: None, smem: Any, feed: Any, tile: Tile, lane: Any, accumulators: Any) -> None:
-        inputs: list[Any] = []
-        held: list[Stage] = []
-        for i in range(self.ring_steps):
-            stage = self.machine.cta, feed.wait(i).stage
-            self.machine.readers[stage] += 1
+        read: list[Any] = []
+        for index in range(self.subtiles):
+            self.begin(lane, index)
+            stage = self.machine.cta, self.fed(feed, index).stage
             self.machine.lockstep.wait()
-            inputs.append(self.machine.read(stage))
-            held.append(stage)
-            # As in down_dgrad: the warp that issues the stores keeps a stage until those of the next are issued.
-            if self.machine.warp % 4 > 0 or len(held) > 1:
-                self.release(feed, held.pop(0), i - len(held))
-        self.machine.lockstep.wait()
-        if held:
-            self.release(feed, held.pop(0), self.ring_steps - 1)
-        self.found[self.machine.thread].append((tile.group, [list(a) for a in accumulators], inputs))
-
-    def release(self, feed: Any, stage: Stage, index: int) -> None:
-        self.machine.readers[stage] -= 1
-        feed.release(index)
+            if self.inputs and index % self.per_step == 0:
+                read.append(self.machine.read(stage))
+            self.machine.write(stage)
+            driver.barrier(lane.consumer)
+            if lane.warp == 0:
+                for _ in range(self.outs):
+                    self.machine.store(stage)
+            self.finish_subtile(feed, lane, index)
+        self.found[self.machine.thread].append((tile.group, [list(a) for a in accumulators], read))
 
     def drain(self, lane: Any) -> None:
         pass
 
 
-AS_WRITTEN = {owner: compiled_methods(owner) for owner in (GroupedGemm, Mainloop, Ring, PingPong)}
+COMPILED = (GroupedGemm, Mainloop, Ring, Late, PingPong, RingEpilogue)
+AS_WRITTEN = {owner: compiled_methods(owner) for owner in COMPILED}
 
 
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
     """Let the kernels' modules talk to a machine, and take their functions as they are written."""
-    language = SimpleNamespace(range=lambda n, unroll: range(n), range_constexpr=range, min=min)
+    language = SimpleNamespace(range=lambda n, unroll: range(n), range_constexpr=range, min=min, const_expr=bool)
     for owner, methods in AS_WRITTEN.items():
         for name, method in methods.items():
             monkeypatch.setattr(owner, name, method)
@@ -156,7 +185,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
 
     def on(machine: Machine) -> None:
         stand_ins = {"cute": machine, "cutlass": language, "warpgroup": machine, "Int32": int, "Uint32": int}
-        for module in (grouped_gemm, mainloop, pipelines, scheduler):
+        stand_ins["wait_stores"] = partial(machine.cp_async_bulk_wait_group, read=True)
+        for module in (grouped_gemm, mainloop, pipelines, scheduler, base, driver):
             for name, stand_in in stand_ins.items():
                 monkeypatch.setattr(module, name, stand_in, raising=False)
 
@@ -165,16 +195,23 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
 
 def run_ctas(
     emulate: Callable[[Machine], None], schedule: Any, stages: int, sizes: tuple[int, ...], gathers: bool, seed: int,
-    inputs: int = 0, cluster: int = 1, **ring: int,
+    works: int = 0, inputs: bool = True, outs: int = 3, buffers: int = 0, cluster: int = 1,
+    short: tuple[int, ...] = (), parts: tuple[int, ...] = (), **ring: int,
 ) -> None:  # fmt: skip
-    """One cluster that does all turns; checks what each consumer warp has accumulated, and read in its epilogues."""
+    """One cluster that does all turns; checks what each consumer warp has accumulated, and read in its epilogues.
+
+    works: sub-tiles whose `outs` outputs leave from the ring, the last one from buffers if there are any; inputs:
+    whether the ring brings something for them.
+    """
     machine = Machine(seed, cluster)
     emulate(machine)
     queue = replace(Ring(stages, gathers, 4 * schedule.stage_readers, cluster), **ring)
     operands = Operand(machine, "a", gathers), Operand(machine, "b", False, cluster)
-    main = Mainloop(*operands, queue, schedule, 128, 128, zero_first=0 in sizes)
-    results = Results(machine, inputs, defaultdict(list))
-    gemm = GroupedGemm("test", cluster, Tiles(sizes), main, results)
+    main = Mainloop(*operands, queue, schedule, 128, 128, zero_first=bool(parts))
+    ring_form = schedule.stage_readers, stages, (4, 2)
+    results = Results(None, buffers, 1, works, *ring_form, machine, outs, inputs, defaultdict(list))
+    tiles = Tiles(sizes, short, parts)
+    gemm = GroupedGemm("test", cluster, tiles, main, results)
     bars = queue.barriers(Address(0))
     queue.init(bars)
     memory = SimpleNamespace(data_ptr=lambda: None)
@@ -190,15 +227,17 @@ def run_ctas(
         machine.left[machine.cta] += 1
 
     machine.lockstep.run([partial(body, warp) for _ in range(cluster) for warp in range(WARPS)])
-    assert not any(machine.groups.values()) and not any(machine.readers.values())
+    assert not any(machine.groups.values()) and not any(machine.readers.values()) and not any(machine.stores.values())
     for cta, warp in itertools.product(range(cluster), range(4, WARPS)):
-        mine = [i for i in range(len(sizes)) if i % schedule.turns == (warp // 4 - 1) % schedule.turns]
+        consumer = warp // 4 - 1
+        mine = [i for i in range(len(sizes)) if i % schedule.turns == consumer % schedule.turns]
+        mine = [i for i in mine if not (i in short and schedule.first_block(consumer, 128))]
         for (tile, accumulators, read), i in zip(results.found[cta * WARPS + warp], mine, strict=True):
-            assert tile == i and read == [(i, FED, j) for j in range(inputs)]
-            assert accumulators == [[(i, k) for k in range(sizes[i]) for _ in range(PARTS_OF_K)]] * 2
+            assert tile == i and read == [(i, FED, j) for j in range(results.ring_steps if inputs else 0)]
+            assert accumulators == [tiles.products(i)] * 2
 
 
-@pytest.mark.parametrize("schedule", [Cooperative("m"), Cooperative("n"), PingPong()], ids=str)
+@pytest.mark.parametrize("schedule", [Cooperative(), PingPong()], ids=str)
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("stages", [2, 3, 6])
 def test_every_order_of_steps_gives_the_products(emulate: Any, schedule: Any, gathers: bool, stages: int) -> None:
@@ -209,20 +248,50 @@ def test_every_order_of_steps_gives_the_products(emulate: Any, schedule: Any, ga
             seed += 1
 
 
-@pytest.mark.parametrize("inputs", [1, 2, 4])
-@pytest.mark.parametrize("stages", [2, 3, 5])
-def test_inputs_of_the_epilogue_come_through_the_ring(emulate: Any, inputs: int, stages: int) -> None:
-    for seed in range(4):
+@pytest.mark.parametrize(
+    ("works", "outs", "buffers"), [(1, 1, 0), (4, 1, 0), (2, 3, 0), (4, 3, 0), (4, 3, 1), (2, 2, 2)]
+)
+@pytest.mark.parametrize("stages", [2, 3, 6])
+def test_outputs_leave_from_the_ring(emulate: Any, works: int, outs: int, buffers: int, stages: int) -> None:
+    given = {"works": works, "outs": outs, "buffers": buffers}
+    for seed, short in enumerate(((), (0,), (1, 2, 4), (4,))):
         for k_steps in (1, 4, 9):
-            run_ctas(emulate, Cooperative(), stages, (k_steps,) * 5, True, seed, inputs=inputs)
+            sizes = (k_steps,) * 5
+            run_ctas(emulate, Cooperative(), stages, sizes, True, seed, inputs=seed % 2 == 0, short=short, **given)
 
 
-@pytest.mark.parametrize("schedule", [Cooperative("m"), PingPong()], ids=str)
+@pytest.mark.parametrize("schedule", [Cooperative(), PingPong()], ids=str)
+def test_tiles_that_a_warpgroup_has_no_rows_of(emulate: Any, schedule: Any) -> None:
+    for seed, short in enumerate(((0,), (1, 2), (0, 1, 2, 3, 4))):
+        run_ctas(emulate, schedule, 3, (5,) * 5, True, seed, short=short)
+
+
+def test_a_stage_given_back_while_stores_read_it_is_noticed(emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose stores take for ever, unless they are waited for."""
+    stores = Machine.store
+
+    def never(self: Machine, stage: Stage) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(self.lockstep, "later", lambda *_: None)
+            stores(self, stage)
+
+    monkeypatch.setattr(Machine, "store", never)
+    monkeypatch.setattr(Machine, "cp_async_bulk_wait_group", lambda *_, **__: None)
+    for inputs in (True, False):
+        fails(emulate, AssertionError, works=2, inputs=inputs)
+
+
+def test_a_stage_that_is_never_given_back_is_noticed(emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Late, "release", lambda *_: None)
+    fails(emulate, Deadlock, works=2)
+
+
+@pytest.mark.parametrize("schedule", [Cooperative(), PingPong()], ids=str)
 @pytest.mark.parametrize("gathers", [False, True])
 def test_clusters(emulate: Any, schedule: Any, gathers: bool) -> None:
     for seed, (stages, k_steps) in enumerate(((2, 1), (2, 5), (3, 3), (5, 7))):
         run_ctas(emulate, schedule, stages, (k_steps,) * 5, gathers, seed, cluster=2)
-        run_ctas(emulate, Cooperative(), stages, (k_steps,) * 4, gathers, seed, inputs=2, cluster=2)
+        run_ctas(emulate, Cooperative(), stages, (k_steps,) * 4, gathers, seed, works=2, cluster=2)
 
 
 def test_a_cta_of_a_cluster_that_leaves_too_early_is_noticed(emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +307,9 @@ def test_a_stage_that_is_released_to_one_cta_only_is_noticed(emulate: Any) -> No
 @pytest.mark.parametrize("seed", range(4))
 def test_tiles_of_different_lengths(emulate: Any, seed: int) -> None:
     """As of the weight gradients: an empty group has a tile without k steps."""
-    run_ctas(emulate, Cooperative(), 4, (0, 5, 0, 0, 1, 9, 3, 0), True, seed)
+    sizes = (0, 5, 0, 0, 1, 9, 3, 0)
+    run_ctas(emulate, Cooperative(), 4, sizes, True, seed, parts=(2, 2, 1, 2, 1, 1, 2, 2))
+    run_ctas(emulate, Cooperative(), 4, sizes, True, seed, parts=(1,) * 8, cluster=2)
 
 
 def fails(emulate: Any, error: type[AssertionError], **changed: Any) -> None:
@@ -267,7 +338,7 @@ def test_pingpong_needs_its_order(emulate: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_pingpong_cannot_have_inputs_in_the_ring(emulate: Any) -> None:
     """The turn passes before they have landed: the other warpgroup waits for a stage two laps ahead."""
-    fails(emulate, AssertionError, schedule=PingPong(), sizes=(6,) * 6, inputs=4)
+    fails(emulate, AssertionError, schedule=PingPong(), sizes=(6,) * 6, works=4)
 
 
 def test_a_missing_fence_is_noticed(emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,20 +12,20 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from .tile import TileConfig, round_up
+from .tile import RING_VARIANTS, TileConfig, round_up
 
 MOST_STAGES = 6
 LEAST_STAGES = 3
 # (schedule, tile_n, cluster) -> speed relative to the best, on whole tiles of an H200 (docs/grouped_gemm.md).
 SPEEDS = {
-    "up_proj": {("cooperative", 256, 1): 1.0, ("pingpong", 128, 1): 0.91, ("cooperative", 128, 1): 0.85},
+    "up_proj": {("cooperative", 256, 1): 1.0, ("pingpong", 128, 1): 0.87, ("cooperative", 128, 1): 0.82},
     "down_proj": {
         ("pingpong", 192, 1): 1.0,
         ("pingpong", 128, 1): 0.99,
         ("cooperative", 256, 1): 0.88,
         ("pingpong", 64, 1): 0.75,
     },
-    "down_dgrad": {("cooperative", 256, 1): 1.0, ("cooperative", 128, 1): 0.8},
+    "down_dgrad": {("cooperative", 256, 1): 1.0, ("cooperative", 128, 1): 0.76},
     "up_dgrad": {
         ("pingpong", 192, 1): 1.0,
         ("pingpong", 128, 1): 0.95,
@@ -57,16 +57,18 @@ def candidates(variant: str, groups: int, n: int, outs: int, halves: int) -> lis
     for (schedule, tile_n, cluster), speed in SPEEDS[family(variant)].items():
         columns = tile_n // share
         predicted = round_up(n, columns) / n / speed
-        for buffers in _buffers(outs):
+        for buffers in _buffers(variant, outs):
             tile = _fitted(variant, groups, TileConfig(schedule, tile_n, 0, buffers, cluster=cluster), outs, halves)
             if tile is not None and tile not in (t for _, t in found):
                 found.append((predicted, tile))
     return [tile for _, tile in sorted(found, key=lambda pair: pair[0])]
 
 
-def _buffers(outs: int) -> tuple[int, ...]:
-    """Numbers of epilogue buffers worth their shared memory: for one sub-tile, for two, for four small ones."""
-    return (1, 2, 4) if outs == 1 else (outs, 2 * outs)
+def _buffers(variant: str, outs: int) -> tuple[int, ...]:
+    """Numbers of epilogue buffers worth their shared memory: none, where outputs can leave from the ring, and enough
+    for one sub-tile, for two, for four small ones."""
+    some = (1, 2, 4) if outs == 1 else (outs, 2 * outs)
+    return (0, *some) if variant in RING_VARIANTS else some
 
 
 def _fitted(variant: str, groups: int, tile: TileConfig, outs: int, halves: int) -> TileConfig | None:
@@ -80,7 +82,7 @@ def _fitted(variant: str, groups: int, tile: TileConfig, outs: int, halves: int)
     stages = next((s for s in range(MOST_STAGES, LEAST_STAGES - 1, -1) if fits(s, buffers)), None)
     if stages is None:
         return None
-    while buffers < _buffers(outs)[-1] and fits(stages, buffers + 1):
+    while 0 < buffers < _buffers(variant, outs)[-1] and fits(stages, buffers + 1):
         buffers += 1
     return replace(tile, stages=stages, buffers=buffers)
 

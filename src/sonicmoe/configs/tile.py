@@ -11,9 +11,10 @@ CONSUMERS = 2
 MAX_GROUPS = 1024  # groups that the two-level search of the tile table covers
 ACCUMULATORS = 128  # fp32 accumulators per thread that leave room for the epilogue
 ACCUMULATORS_PLAIN_STORE = 192  # for an epilogue without other registers
+RING_VARIANTS = ("up_proj", "down_dgrad")  # whose outputs can leave from stages of the ring
 
 
-SCHEDULES = ("cooperative", "cooperative_n", "pingpong")
+SCHEDULES = ("cooperative", "pingpong")
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -24,9 +25,8 @@ def round_up(x: int, multiple: int) -> int:
 class TileConfig:
     """The choices of a grouped GEMM.
 
-    schedule  "cooperative" (the consumer warpgroups split the tile's rows), "cooperative_n" (its columns) or "pingpong"
-              (they take whole tiles in turns)
-    buffers   64x64 epilogue buffers of each consumer warpgroup
+    schedule  "cooperative" (the consumer warpgroups split a tile's rows) or "pingpong" (they take whole tiles in turns)
+    buffers   64x64 epilogue buffers of each consumer warpgroup; none: outputs leave from stages of the ring
     cluster   CTAs whose tiles have the same columns of B, which each loads a part of for all of them
     """
 
@@ -43,13 +43,9 @@ class TileConfig:
         return self.tile_m // 2 if self.schedule == "cooperative" else self.tile_m
 
     @property
-    def warpgroup_columns(self) -> int:
-        return self.tile_n // 2 if self.schedule == "cooperative_n" else self.tile_n
-
-    @property
     def accumulators(self) -> int:
         """fp32 accumulators per thread"""
-        return self.warpgroup_rows * self.warpgroup_columns // 128
+        return self.warpgroup_rows * self.tile_n // 128
 
     def shared_memory(self, table: int) -> int:
         """Bytes, for a table of `table` ints."""
@@ -69,23 +65,26 @@ class TileConfig:
             return "ping-pong needs the same number of k steps in every tile"
         if self.schedule == "pingpong" and variant == "down_dgrad":
             return "ping-pong would let a warpgroup wait two laps ahead of the ring, on steps that bring the other's h"
-        if self.schedule == "cooperative_n" and variant == "up_proj" and halves > 1:
-            return "a warpgroup needs gate and up of a column"
         if self.cluster not in (1, 2) or self.cluster > 1 and self.tile_n % (64 * self.cluster):
             return "cluster must be 1 or 2, and leave each CTA whole 64-column panels of B"
         if self.cluster > 1 and not reduces_rows:
             return "only the CTAs of a weight gradient share B"
         share = halves if variant == "up_proj" else 1
-        if self.tile_n % (64 * share) or self.warpgroup_columns % 64:
-            return f"tile_n must be a multiple of {64 * share} and give each warpgroup whole 64-column sub-tiles"
-        if self.warpgroup_columns > 256:
+        if self.tile_n % (64 * share):
+            return f"tile_n must be a multiple of {64 * share}"
+        if self.tile_n > 256:
             return "a wgmma has at most 256 columns"
         plain = variant in ("down_proj", "up_dgrad") or reduces_rows
         if self.accumulators > (ACCUMULATORS_PLAIN_STORE if plain else ACCUMULATORS):
             return f"{self.accumulators} accumulators per thread do not fit beside the epilogue"
         if variant == "down_dgrad" and CONSUMERS * (halves - self.tile_n // 64 // CONSUMERS) > self.tile_m // 64:
             return "a stage has no room for h of both warpgroups' sub-tiles"
-        if self.buffers < outs:
+        if self.buffers == 0 and variant in RING_VARIANTS:
+            boxes = outs + (halves if variant == "down_dgrad" else 0)
+            room = self.tile_n // 64 // CONSUMERS + self.tile_m // 64 // CONSUMERS
+            if self.schedule != "cooperative" or boxes > room:
+                return f"a stage has no room for {boxes} outputs of both warpgroups' sub-tiles"
+        elif self.buffers < outs:
             return f"a sub-tile needs {outs} epilogue buffers"
         if self.stages < 2:
             return "two stages are the least"

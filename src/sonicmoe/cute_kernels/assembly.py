@@ -19,7 +19,7 @@ from .scheduler import Cooperative, PingPong
 from .variants import GemmSpec
 
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
-SCHEDULES = {"cooperative": Cooperative("m"), "cooperative_n": Cooperative("n"), "pingpong": PingPong()}
+SCHEDULES = {"cooperative": Cooperative(), "pingpong": PingPong()}
 INDEX_ALIGNMENT = 4
 
 
@@ -95,15 +95,14 @@ PARTS = {
 
 def epilogue(spec: GemmSpec):
     tile = spec.tile
-    columns = tile.warpgroup_columns // (spec.halves if spec.variant == "up_proj" else 1)
+    columns = tile.tile_n // (spec.halves if spec.variant == "up_proj" else 1)
     dtype, blocks, subtiles = DTYPES[spec.dtype], tile.warpgroup_rows // 64, columns // 64
     base = (dtype, tile.buffers, blocks, subtiles)
+    ring = (SCHEDULES[tile.schedule].stage_readers, tile.stages, (tile.tile_n // 64, tile.tile_m // 64))
     if spec.variant == "up_proj":
-        return ActStore(*base, spec.act, tile.tile_n // spec.halves, spec.n, spec.interleaved, spec.keep_h)
+        return ActStore(*base, *ring, spec.act, tile.tile_n // spec.halves, spec.n, spec.interleaved, spec.keep_h)
     if spec.variant == "down_dgrad":
-        boxes = (tile.tile_n // 64, tile.tile_m // 64)
-        sharers = SCHEDULES[tile.schedule].stage_readers
-        return DActReduce(*base, spec.act, tile.tile_n, spec.n, sharers, tile.stages, boxes)
+        return DActReduce(*base, *ring, spec.act, tile.tile_n, spec.n)
     if spec.variant in ("down_proj", "up_dgrad"):
         return StoreRows(*base, tile.tile_n, spec.n)
     transposed = spec.variant.startswith("up")

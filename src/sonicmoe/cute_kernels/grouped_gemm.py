@@ -5,8 +5,8 @@ accumulators, a schedule says when the consumer warpgroups run. This class is th
 knows nothing else: roles, set-up, and the order of things.
 
 Roles: warpgroup 0 loads (warp 0 issues TMA, all four warps gather), warpgroups 1 and 2 multiply and run the epilogue.
-Barriers: `full`/`empty` per stage (pipelines.py), named barriers 1, 2 (epilogue, one per
-consumer) and 3, 4 (ping-pong order).
+Barriers: `full`/`empty` per stage (pipelines.py), named barriers 1, 2 (epilogue, one per consumer) and 3, 4
+(ping-pong order).
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from cutlass import Int32, Int64, Uint32, const_expr
 from .epilogue.driver import Lane
 from .mainloop import Mainloop
 from .operands import prefetch_descriptors
-from .pipelines import Feed
+from .pipelines import Feed, Late
 from .ptx import WARPGROUP
 from .scheduler import CONSUMERS
 
@@ -128,7 +128,7 @@ class GroupedGemm:
         lane = Lane(consumer, warp, cute.arch.lane_idx())
         smem_a, smem_b = storage.a.data_ptr(), storage.b.data_ptr()
         fragments = main.fragments(tiled_mma, smem_a, smem_b, consumer)
-        first_block, part = schedule.first_block(consumer, main.tile_m), schedule.part_n(consumer)
+        first_block = schedule.first_block(consumer, main.tile_m)
         turn, turns, rank = self.first_turn()
         turn += schedule.first(consumer) * turns
         step = Uint32(0)
@@ -136,14 +136,20 @@ class GroupedGemm:
             step = Uint32(consumer * (self.groups.k_steps + epilogue.ring_steps))
         count = self.groups.count(table)
         schedule.start(consumer)
+        late = Late(main.ring, warp, epilogue.ring_steps > 0)
         while turn < count:
             tile = self.groups.tile(turn, rank, cu_rows, table, lane.lane)
-            state = epilogue.open(outputs, tile, lane, first_block, part)
-            step = main.consume(tiled_mma, bars, fragments, tile.k_steps, step, consumer)
-            feed = Feed(main.ring, bars, step, (smem_b, smem_a))
-            epilogue.run(outputs, state, storage.out.data_ptr(), feed, tile, lane, fragments[2])
-            step += schedule.turns * epilogue.ring_steps + (schedule.turns - 1) * tile.k_steps
+            if self.groups.has_rows(tile, first_block):
+                state = epilogue.open(outputs, tile, lane, first_block)
+                step = main.consume(tiled_mma, bars, fragments, tile, step, consumer, late)
+                feed = Feed(main.ring, bars, step, (smem_b, smem_a))
+                epilogue.run(outputs, state, storage.out.data_ptr(), feed, tile, lane, fragments[2])
+                step += epilogue.ring_steps
+            else:
+                step = main.pass_by(bars, tile.k_steps + epilogue.ring_steps, step, late)
+            step += (schedule.turns - 1) * (tile.k_steps + epilogue.ring_steps)
             turn += schedule.turns * turns
+        late.release(bars, step)
         epilogue.drain(lane)
 
     def first_turn(self):

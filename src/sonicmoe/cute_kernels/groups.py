@@ -15,6 +15,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 WARP = 32
+BLOCK_M = 64  # rows of one wgmma
 
 
 def ceil_div(a, b):
@@ -70,6 +71,10 @@ class GroupedM:
     def count(self, table: cute.Tensor) -> Int32:
         return table[self.segments * WARP] * self.n_tiles
 
+    def has_rows(self, tile: Tile, first_block):
+        """Whether the tile has rows from its 64-row block `first_block` on. From the first on all have."""
+        return isinstance(first_block, int) or first_block * BLOCK_M < tile.rows
+
     @cute.jit
     def tile(self, turn: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
         """Whole warp: each lane first looks at a segment of the table, then at one group of the segment found."""
@@ -99,6 +104,9 @@ class GroupedK:
 
     def build_table(self, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
         pass
+
+    def has_rows(self, tile: Tile, first_block) -> bool:
+        return True
 
     def count(self, table: cute.Tensor) -> Int32:
         return Int32(self.groups * ceil_div(self.m_tiles, self.cluster) * self.n_tiles * self.halves)

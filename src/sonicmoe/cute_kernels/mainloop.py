@@ -8,10 +8,11 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
+from .groups import BLOCK_M, Tile, ceil_div
 from .operands import Load, smem_tensor
-from .pipelines import Ring, RingBarriers
+from .pipelines import Late, Ring, RingBarriers
 
-BLOCK_M = 64  # rows of one wgmma
+BLOCK_K = 16  # reduction length of one wgmma
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Mainloop:
             self.b.major,
             Float32,
             (1, 1, 1),
-            tiler_mn=(BLOCK_M, self.schedule.columns(self.tile_n)),
+            tiler_mn=(BLOCK_M, self.tile_n),
         )
 
     @cute.jit
@@ -71,63 +72,93 @@ class Mainloop:
 
     def fragments(self, tiled_mma: cute.TiledMma, smem_a: cute.Pointer, smem_b: cute.Pointer, consumer: Int32):
         """Of one consumer warpgroup: A by 64-row block, B, and the fp32 accumulators by block."""
-        columns = self.schedule.columns(self.tile_n)
         thread = tiled_mma.get_slice(0)
         blocks_a = cute.flat_divide(smem_tensor(smem_a, self.a.layout()), (BLOCK_M, self.a.tile_k))
-        parts_b = cute.flat_divide(smem_tensor(smem_b, self.b.layout()), (columns, self.b.tile_k))
-        first, part = self.schedule.first_block(consumer, self.tile_m), self.schedule.part_n(consumer)
+        parts_b = cute.flat_divide(smem_tensor(smem_b, self.b.layout()), (self.tile_n, self.b.tile_k))
+        first = self.schedule.first_block(consumer, self.tile_m)
         count = self.schedule.blocks(self.tile_m)
         fragments_a = [
             tiled_mma.make_fragment_A(thread.partition_A(blocks_a[None, None, first + i, 0, None]))
             for i in range(count)
         ]
-        fragment_b = tiled_mma.make_fragment_B(thread.partition_B(parts_b[None, None, part, 0, None]))
+        fragment_b = tiled_mma.make_fragment_B(thread.partition_B(parts_b[None, None, 0, 0, None]))
         accumulators = [
-            cute.make_rmem_tensor(tiled_mma.partition_shape_C((BLOCK_M, columns)), Float32) for _ in range(count)
+            cute.make_rmem_tensor(tiled_mma.partition_shape_C((BLOCK_M, self.tile_n)), Float32) for _ in range(count)
         ]
         return fragments_a, fragment_b, accumulators
 
     @cute.jit
     def consume(
-        self,
-        tiled_mma: cute.TiledMma,
-        bars: RingBarriers,
-        fragments,
-        k_steps: Int32,
-        step: Uint32,
-        consumer: Int32,
-    ):
+        self, tiled_mma: cute.TiledMma, bars: RingBarriers, fragments, tile: Tile, step: Uint32, consumer: Int32,
+        late: Late,
+    ):  # fmt: skip
         """One consumer warpgroup: one tile's products. Each k step releases the stage of the step before it, whose
         products are then complete. Returns the step after the last."""
-        fragments_a, fragment_b, accumulators = fragments
+        blocks = const_expr(cute.size(fragments[1], mode=[2]))
+        k_steps = tile.k_steps
         self.schedule.wait_turn(consumer)
         tiled_mma.set(warpgroup.Field.ACCUMULATE, self.zero_first)
         if const_expr(self.zero_first):
-            for i in cutlass.range_constexpr(len(accumulators)):
-                accumulators[i].fill(0.0)
+            for accumulator in fragments[2]:
+                accumulator.fill(0.0)
+            k_steps = tile.rows // (blocks * BLOCK_K)  # whole ones
         for k in cutlass.range(k_steps, unroll=1):
-            self.ring.wait_full(bars, step)
-            if const_expr(self.ring.gathers):  # cp.async wrote through the generic proxy, wgmma reads through async
-                cute.arch.fence_proxy("async.shared", space="cta")
-            stage = self.ring.stage(step)
-            warpgroup.fence()
-            for kb in cutlass.range_constexpr(cute.size(fragment_b, mode=[2])):
-                for i in cutlass.range_constexpr(len(accumulators)):
-                    cute.gemm(
-                        tiled_mma,
-                        accumulators[i],
-                        fragments_a[i][None, None, kb, stage],
-                        fragment_b[None, None, kb, stage],
-                        accumulators[i],
-                    )
+            stage = self.arrived(bars, step)
+            for block in cutlass.range_constexpr(blocks):
+                self.multiply(tiled_mma, fragments, block, stage)
                 tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
             if k > 0:
                 warpgroup.wait_group(1)
                 self.ring.release(bars, step - 1)
+            else:
+                late.release(bars, step)
             step += 1
+        if const_expr(self.zero_first):
+            rest = ceil_div(tile.rows, BLOCK_K) - k_steps * blocks
+            if rest > 0:
+                stage = self.arrived(bars, step)
+                for block in cutlass.range_constexpr(blocks):
+                    if block < rest:
+                        self.multiply(tiled_mma, fragments, block, stage)
+                warpgroup.commit_group()
+                if k_steps > 0:
+                    warpgroup.wait_group(1)
+                    self.ring.release(bars, step - 1)
+                else:
+                    late.release(bars, step)
+                step += 1
         self.schedule.pass_turn(consumer)
         warpgroup.wait_group(0)
-        if k_steps > 0:
+        if tile.k_steps > 0:
             self.ring.release(bars, step - 1)
+        else:
+            late.release(bars, step)
+        return step
+
+    def arrived(self, bars: RingBarriers, step: Uint32) -> Int32:
+        """The stage of a step, once its operands are there."""
+        self.ring.wait_full(bars, step)
+        if self.ring.gathers:  # cp.async wrote through the generic proxy, wgmma reads through async
+            cute.arch.fence_proxy("async.shared", space="cta")
+        warpgroup.fence()
+        return self.ring.stage(step)
+
+    def multiply(self, tiled_mma: cute.TiledMma, fragments, block: int, stage: Int32):
+        """The products of one block along k."""
+        fragments_a, fragment_b, accumulators = fragments
+        b = fragment_b[None, None, block, stage]
+        for a, accumulator in zip(fragments_a, accumulators, strict=True):
+            cute.gemm(tiled_mma, accumulator, a[None, None, block, stage], b, accumulator)
+
+    @cute.jit
+    def pass_by(self, bars: RingBarriers, steps: Int32, step: Uint32, late: Late):
+        """One consumer warpgroup: a tile that it has no rows of. Returns the step after the last."""
+        for _ in cutlass.range(steps, unroll=1):
+            self.ring.wait_full(bars, step)
+            if late.keeps():
+                late.release(bars, step)
+            else:
+                self.ring.release(bars, step)
+            step += 1
         return step

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Int32, Uint32, const_expr
 
 from .ptx import WARPGROUP
 
@@ -74,8 +74,29 @@ class Ring:
             self.wait_empty(b, step + j)
 
 
+@dataclass(frozen=True)
+class Late:
+    """The last stage that an epilogue works in: warp 0, whose stores read it, keeps it until the next tile's products
+    are under way."""
+
+    ring: Ring
+    warp: Int32
+    used: bool  # whether the epilogue works in stages
+
+    def keeps(self):
+        return self.warp == 0 if self.used else False
+
+    @cute.jit
+    def release(self, b: RingBarriers, step: Uint32):
+        """The stage of the step before `step`, if it is kept."""
+        if const_expr(self.used):
+            if (self.warp == 0) & (step > 0):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                self.ring.release(b, step - 1)
+
+
 class Fed(NamedTuple):
-    """A step of the ring that holds inputs of the epilogue."""
+    """A step of the ring that the epilogue works in, with what the producer put there for it."""
 
     stage: Int32
     smem: tuple  # of B and of A

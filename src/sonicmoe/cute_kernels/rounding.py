@@ -26,10 +26,10 @@ def masks(size: int) -> int:
 class RoundingSpec:
     """Token rounding of logits for `experts` experts; tokens and slots are counted at the launch.
 
-    The launch takes logits (T, experts), draws (experts,) fp32 for the stochastic rules or None; as scratch keys
-    (experts, 32 * W) with W = masks(T), state (2 * experts + W,), zero, and marks (W, experts, 2); the results scores
-    (S,) fp32, cu_rows (experts + 1,), row_token, row_slot and slot_row (S,), cu_slots (T + 1,), and, one bit per pair,
-    chosen and kept (T, masks(experts)). What is not fp32 is int32.
+    The launch takes logits (T, experts), draws (experts,) fp32 for the stochastic rules or None; as scratch softmax
+    (T, 4) fp32, tiles (experts, W, 4) with W = masks(T), state (2 * experts + W,), zero where `counted`, and marks
+    (W, experts, 2); the results scores (S,) fp32, cu_rows (experts + 1,), row_token, row_slot and slot_row (S,),
+    cu_slots (T + 1,), and, one bit per pair, chosen and kept (T, masks(experts)). What is not fp32 is int32.
     """
 
     experts: int
@@ -45,6 +45,11 @@ class RoundingSpec:
     @property
     def draws(self) -> bool:
         return self.rule.startswith("stochastic")
+
+    @property
+    def counted(self) -> bool:
+        """Whether an expert's rounding needs the counts of others."""
+        return self.rule == "balanced"
 
     def why_invalid(self) -> str | None:
         """None, or what is wrong."""
@@ -67,7 +72,7 @@ class RoundingSpec:
         from .assembly import fake
         from .memory_bound.access import DTYPES
         from .memory_bound.rounding import TokenRounding
-        from .memory_bound.rounding_keys import Keys, TokenRow
+        from .memory_bound.rounding_choose import Choose, TokenRow
         from .memory_bound.rounding_pairs import Pairs
         from .memory_bound.rounding_select import Select
 
@@ -77,13 +82,13 @@ class RoundingSpec:
         def index(*shape: Any, alignment: int = 4) -> Any:
             return fake(cutlass.Int32, *shape, alignment=alignment)
 
-        kernel = TokenRounding(
-            Keys(TokenRow(e, self.dtype), self.top), Select(e, self.rule, self.tile_m), Pairs(self.experts)
-        )
+        row = TokenRow(e, self.dtype)
+        kernel = TokenRounding(Choose(row, self.top, self.counted), Select(row, self.rule, self.tile_m), Pairs(row))
         return kernel, (
             fake(DTYPES[self.dtype], tokens, e, alignment=4 if self.dtype == "fp32" else 2),
             fake(cutlass.Float32, e, alignment=4) if self.draws else None,
-            index(e, cute.sym_int(divisibility=TILE), alignment=16),
+            fake(cutlass.Float32, tokens, 4, alignment=16),
+            index(e, words, 4, alignment=16),
             index(cute.sym_int()),
             index(words, e, 2, alignment=16),
             fake(cutlass.Float32, slots, alignment=4),
@@ -127,7 +132,7 @@ class RoundingBackwardSpec:
         from .assembly import fake
         from .memory_bound.access import DTYPES
         from .memory_bound.rounding_backward import RoundingBackward
-        from .memory_bound.rounding_keys import TokenRow
+        from .memory_bound.rounding_choose import TokenRow
 
         tokens = cute.sym_int()
 

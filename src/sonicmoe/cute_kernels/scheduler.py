@@ -19,9 +19,7 @@ CONSUMERS = 2
 
 @dataclass(frozen=True)
 class Cooperative:
-    """Both consumer warpgroups share a tile: one 64-row block of all columns each, or all rows of half the columns."""
-
-    split: str = "m"
+    """Both consumer warpgroups share a tile, half of its rows each."""
 
     name = "cooperative"
     stage_readers = CONSUMERS  # warpgroups that read a stage
@@ -29,16 +27,10 @@ class Cooperative:
 
     def blocks(self, tile_m: int) -> int:
         """64-row blocks of a warpgroup"""
-        return tile_m // 64 // (CONSUMERS if self.split == "m" else 1)
-
-    def columns(self, tile_n: int) -> int:
-        return tile_n // (CONSUMERS if self.split == "n" else 1)
+        return tile_m // 64 // CONSUMERS
 
     def first_block(self, consumer: Int32, tile_m: int):
-        return consumer * self.blocks(tile_m) if self.split == "m" else 0
-
-    def part_n(self, consumer: Int32):
-        return consumer if self.split == "n" else 0
+        return consumer * self.blocks(tile_m)
 
     def first(self, consumer: Int32) -> Int32:
         return Int32(0)
@@ -64,13 +56,7 @@ class PingPong:
     def blocks(self, tile_m: int) -> int:
         return tile_m // 64
 
-    def columns(self, tile_n: int) -> int:
-        return tile_n
-
     def first_block(self, consumer: Int32, tile_m: int):
-        return 0
-
-    def part_n(self, consumer: Int32):
         return 0
 
     def first(self, consumer: Int32) -> Int32:

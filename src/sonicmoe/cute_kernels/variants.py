@@ -71,7 +71,7 @@ class GemmSpec:
     @property
     def part_columns(self) -> int:
         """Columns of down_dgrad's partial row sums; with a bias the last one is left to the kernel bias_dot"""
-        return -(-self.n // self.tile.warpgroup_columns) + self.bias
+        return -(-self.n // self.tile.tile_n) + self.bias
 
     def why_invalid(self) -> str | None:
         if self.n % 8 or self.k % 8:

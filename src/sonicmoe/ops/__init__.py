@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sonicmoe.ops._op import bodies, is_watched
+from sonicmoe.ops._op import bodies, is_traced, is_watched
 from sonicmoe.ops.aggregate import aggregate
 from sonicmoe.ops.ahead import compile_layer
 from sonicmoe.ops.balance import load_balance, load_balance_backward, load_balance_has_kernel
@@ -29,6 +29,7 @@ __all__ = [
     "down_proj",
     "down_wgrad",
     "down_wgrad_add_",
+    "is_traced",
     "load_balance",
     "load_balance_backward",
     "load_balance_has_kernel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ class Once(torch.autograd.Function):
         raise RuntimeError(f"sonicmoe.{ctx.name} has no second derivative: its backward cannot be differentiated")
 
 
-def once(name: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, which raise if they are differentiated: for a backward that runs under create_graph."""
+def once(name: str, backward: Callable[..., tuple[Tensor | None, ...]], *arguments: Any) -> tuple[Tensor | None, ...]:
+    """The gradients that a Function's backward computes; they raise if they are differentiated, under create_graph."""
     if not torch.is_grad_enabled():
-        return gradients
+        return backward(*arguments)
+    with torch.no_grad():
+        gradients = backward(*arguments)
     (first, *_) = (g for g in gradients if g is not None)
     return Once.apply(first.new_empty(0, requires_grad=True), name, *gradients)

@@ -16,7 +16,7 @@ from sonicmoe.errors import InvalidArgument
 
 # The bodies of the ops, by name: called as the ops are, without torch's dispatcher.
 bodies = SimpleNamespace()
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _library = torch.library.Library("sonicmoe", "DEF")
 
 
@@ -45,11 +45,15 @@ def define(
     mutated = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def body(*arguments: Any) -> Any:
-        backend = arguments[-1]
+        backend, first = arguments[-1], arguments[0]
         if backend == "cute":
             if cute is None:
                 raise InvalidArgument("backend", "'cute'", f"'torch': {name} has no CuTe kernel")
-            result = _on_its_device(cute, arguments[:-1])
+            if first.is_cuda and first.get_device() != torch._C._cuda_getDevice():
+                with torch.cuda.device(first.device):
+                    result = cute(*arguments[:-1])
+            else:
+                result = cute(*arguments[:-1])
         elif backend == "torch":
             result = _without_autocast(reference, arguments[:-1])
         else:
@@ -70,22 +74,18 @@ def is_watched(tensors: tuple[Tensor | None, ...]) -> bool:
     As when something is traced, transformed or profiled, under a mode, or for a subclass such as DTensor, which has no
     memory of its own for a kernel to read. Only for calls that record no gradient.
     """
+    return is_traced(tensors) or torch.autograd._profiler_enabled()
+
+
+def is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
+    """The same, but a profiler alone does not count."""
     return (
         torch.compiler.is_compiling()
-        or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
+        or any(t.is_meta for t in tensors[:1] if t is not None)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
     )
-
-
-def _on_its_device(cute: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Run the kernel on its first argument's device, also where that is not torch's current one."""
-    device = arguments[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return cute(*arguments)
-    with torch.cuda.device(device):
-        return cute(*arguments)
 
 
 def _without_autocast(reference: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.cute_kernels.aggregate import AggregateSpec
-from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._cute import dtype_name, kernel
 from sonicmoe.ops._op import define
 
 
@@ -20,9 +20,9 @@ def _fake(
     num_tokens: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    o = rows.new_empty((num_tokens, rows.shape[1]))
+    o = rows.new_empty(num_tokens, rows.shape[1])
     num_scores = 0 if parts is None else slot_row.shape[0]
-    return o, rows.new_empty((num_scores,), dtype=torch.promote_types(rows.dtype, torch.float32))
+    return o, rows.new_empty(num_scores, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def _cute(
@@ -36,14 +36,10 @@ def _cute(
     o, dscores = _fake(rows, scores, parts, slot_row, cu_slots, num_tokens, "cute")
     if num_tokens == 0 or rows.shape[0] == 0:
         return o.zero_(), dscores.zero_()
-    spec = AggregateSpec(
-        width=rows.shape[1],
-        dtype=dtype_name("rows", rows),
-        slots_per_token=slot_row.shape[0] // num_tokens if cu_slots is None else None,
-        weighted=scores is not None,
-        parts=0 if parts is None else parts.shape[1],
-    )
-    launch(spec, rows, scores, parts, slot_row, cu_slots, o, None if parts is None else dscores)
+    per_token = slot_row.shape[0] // num_tokens if cu_slots is None else None
+    form = (per_token, scores is not None, 0 if parts is None else parts.shape[1])
+    _, function = kernel(rows, AggregateSpec, rows.shape[1], dtype_name("rows", rows), *form)
+    function(rows, scores, parts, slot_row, cu_slots, o, None if parts is None else dscores)
     return o, dscores
 
 

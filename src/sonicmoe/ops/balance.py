@@ -8,7 +8,7 @@ from torch import Tensor
 from sonicmoe import reference
 from sonicmoe.cute_kernels.balance import BalanceBackwardSpec, BalanceSpec
 from sonicmoe.cute_kernels.topk import MAX_EXPERTS
-from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._cute import dtype_name, kernel
 from sonicmoe.ops._op import define
 from sonicmoe.ops.topk import LOGITS, LOGITS_DTYPES, aligned
 
@@ -27,9 +27,8 @@ def _cute(logits: Tensor, cu_rows: Tensor, k: int) -> Tensor:
     tokens, experts = logits.shape
     if tokens == 0:
         return loss.zero_()
-    spec = BalanceSpec(experts, k, dtype_name("logits", logits, LOGITS))
-    parts = loss.new_empty((spec.num_parts(tokens),))
-    launch(spec, aligned(logits), cu_rows, parts, loss.view(1))
+    spec, function = kernel(logits, BalanceSpec, experts, k, dtype_name("logits", logits, LOGITS))
+    function(aligned(logits), cu_rows, loss.new_empty(spec.num_parts(tokens)), loss.view(1))
     return loss
 
 
@@ -46,10 +45,13 @@ def _backward_fake(dloss: Tensor, logits: Tensor, cu_rows: Tensor, k: int, backe
 
 
 def _backward_cute(dloss: Tensor, logits: Tensor, cu_rows: Tensor, k: int) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
-    spec = BalanceBackwardSpec(logits.shape[1], k, dtype_name("logits", logits, LOGITS))
-    if logits.shape[0]:
-        launch(spec, dloss.reshape(1), aligned(logits), cu_rows, dlogits)
+    tokens, experts = logits.shape
+    dlogits = logits.new_empty(tokens, experts)
+    dtype = dtype_name("logits", logits, LOGITS)
+    if tokens:
+        # The gradient is the first argument, whose device is the current one.
+        _, function = kernel(dloss, BalanceBackwardSpec, experts, k, dtype)
+        function(dloss.reshape(1), aligned(logits), cu_rows, dlogits)
     return dlogits
 
 

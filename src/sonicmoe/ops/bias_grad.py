@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.cute_kernels.bias_grad import BiasGradSpec
-from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._cute import dtype_name, kernel
 from sonicmoe.ops._op import define
 
 
@@ -20,7 +20,7 @@ def _fake(
     backend: str,
 ) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    return rows.new_empty((cu_rows.shape[0] - 1, rows.shape[1]), dtype=dtype)
+    return rows.new_empty(cu_rows.shape[0] - 1, rows.shape[1], dtype=dtype)
 
 
 def _cute(
@@ -30,8 +30,9 @@ def _cute(
     num_rows = rows.shape[0] if row_token is None else row_token.shape[0]
     if num_rows == 0 or rows.shape[0] == 0:
         return out.zero_()
-    spec = BiasGradSpec(rows.shape[1], dtype_name("rows", rows), row_token is not None, scores is not None)
-    launch(spec, rows, cu_rows, row_token, scores, row_slot, out)
+    form = (dtype_name("rows", rows), row_token is not None, scores is not None)
+    _, function = kernel(rows, BiasGradSpec, rows.shape[1], *form)
+    function(rows, cu_rows, row_token, scores, row_slot, out)
     return out
 
 

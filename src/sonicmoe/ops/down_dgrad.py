@@ -10,15 +10,15 @@ from torch import Tensor
 from sonicmoe import reference
 from sonicmoe.cute_kernels.bias_dot import BiasDotSpec
 from sonicmoe.ops import _gemm
-from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._cute import dtype_name, kernel
 from sonicmoe.ops._op import define
 
 
 def _buffers(do: Tensor, w2: Tensor, h: Tensor, num_rows: int, parts_per_row: int) -> tuple[Tensor, Tensor, Tensor]:
     """dh, a_s, and the parts in which a row's score gradient leaves the body."""
     parts_dtype = torch.promote_types(do.dtype, torch.float32)
-    parts = do.new_empty((num_rows, parts_per_row), dtype=parts_dtype)
-    return do.new_empty(h.shape), do.new_empty((num_rows, w2.shape[2])), parts
+    parts = do.new_empty(num_rows, parts_per_row, dtype=parts_dtype)
+    return do.new_empty(num_rows, h.shape[1]), do.new_empty(num_rows, w2.shape[2]), parts
 
 
 def _form(w2: Tensor, b2: Tensor | None, h: Tensor, dtype: str, activation: str) -> tuple[Any, ...]:
@@ -66,8 +66,8 @@ def _cute(
         variant, _, inter, hidden, _, *rest = form
         _gemm.launch("down_dgrad", (do, row_token), w2, outputs, cu_rows, inter, hidden, *rest)
         if b2 is not None:
-            spec = BiasDotSpec(do.shape[1], dtype, b2.shape[0], per_row)
-            launch(spec, do, b2, cu_rows, row_token, parts)
+            _, function = kernel(do, BiasDotSpec, do.shape[1], dtype, b2.shape[0], per_row)
+            function(do, b2, cu_rows, row_token, parts)
     return dh, a_s, parts
 
 

@@ -10,7 +10,7 @@ from sonicmoe.ops._op import define
 
 
 def _fake(a: Tensor, w2: Tensor, b2: Tensor | None, cu_rows: Tensor, backend: str) -> Tensor:
-    return a.new_empty((a.shape[0], w2.shape[1]))
+    return a.new_empty(a.shape[0], w2.shape[1])
 
 
 def _cute(a: Tensor, w2: Tensor, b2: Tensor | None, cu_rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from sonicmoe.ops._op import define
 
 
 def _fake(do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: Tensor, backend: str) -> Tensor:
-    return do.new_empty((cu_rows.shape[0] - 1, do.shape[1], a_s.shape[1]))
+    return do.new_empty(cu_rows.shape[0] - 1, do.shape[1], a_s.shape[1])
 
 
 def _fake_add(dw2: Tensor, do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: Tensor, backend: str) -> None:

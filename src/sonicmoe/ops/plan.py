@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.cute_kernels.plan import MAX_EXPERTS, PlanSpec
-from sonicmoe.ops._cute import launch
+from sonicmoe.ops._cute import kernel
 from sonicmoe.ops._op import define
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -21,12 +21,9 @@ def plan_has_kernel(expert_ids: Tensor, num_experts: int) -> bool:
 
 
 def _fake(expert_ids: Tensor, slot_token: Tensor | None, num_experts: int, backend: str) -> Plan:
-    slots = expert_ids.numel()
-
-    def index(size: int) -> Tensor:
-        return expert_ids.new_empty((size,), dtype=torch.int32)
-
-    return index(num_experts + 1), index(slots), index(slots), index(slots)
+    slots, int32 = expert_ids.numel(), torch.int32
+    cu_rows, row_token = expert_ids.new_empty(num_experts + 1, dtype=int32), expert_ids.new_empty(slots, dtype=int32)
+    return cu_rows, row_token, torch.empty_like(row_token), torch.empty_like(row_token)
 
 
 def _cute(expert_ids: Tensor, slot_token: Tensor | None, num_experts: int) -> Plan:
@@ -35,10 +32,11 @@ def _cute(expert_ids: Tensor, slot_token: Tensor | None, num_experts: int) -> Pl
     slots = ids.shape[0]
     if slots == 0:
         return cu_rows.zero_(), row_token, row_slot, slot_row
-    spec = PlanSpec(num_experts, expert_ids.shape[1] if slot_token is None else None, _IDS[ids.dtype])
-    counts = cu_rows.new_empty((spec.chunks(slots), spec.columns))
+    per_token = expert_ids.shape[1] if slot_token is None else None
+    spec, function = kernel(ids, PlanSpec, num_experts, per_token, _IDS[ids.dtype])
+    counts = cu_rows.new_empty(spec.chunks(slots), spec.columns)
     token = None if slot_token is None else slot_token.to(torch.int32).contiguous()
-    launch(spec, ids, token, counts, cu_rows, row_token, row_slot, slot_row)
+    function(ids, token, counts, cu_rows, row_token, row_slot, slot_row)
     return cu_rows, row_token, row_slot, slot_row
 
 

@@ -10,12 +10,11 @@ from sonicmoe.cute_kernels.rounding import (
     MAX_EXPERTS,
     MAX_PAIRS,
     MAX_SLOTS,
-    TILE,
     RoundingBackwardSpec,
     RoundingSpec,
     masks,
 )
-from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._cute import dtype_name, kernel
 from sonicmoe.ops._op import define
 from sonicmoe.reference.token_rounding import Rounded
 
@@ -35,11 +34,11 @@ def _fake(
     tokens, experts = logits.shape
 
     def index(*shape: int) -> Tensor:
-        return logits.new_empty(shape, dtype=torch.int32)
+        return logits.new_empty(*shape, dtype=torch.int32)
 
     words = masks(experts)
     return Rounded(
-        scores=logits.new_empty((num_slots,), dtype=torch.promote_types(logits.dtype, torch.float32)),
+        scores=logits.new_empty(num_slots, dtype=torch.promote_types(logits.dtype, torch.float32)),
         cu_rows=index(experts + 1),
         row_token=index(num_slots),
         row_slot=index(num_slots),
@@ -57,11 +56,14 @@ def _cute(logits: Tensor, draws: Tensor | None, k: int, tile_m: int, rule: str, 
         rounded.cu_rows.zero_()
         rounded.cu_slots.zero_()
         return rounded
-    spec = RoundingSpec(experts, k, dtype_name("logits", logits, _NAMES), rule, tile_m)
+    dtype = dtype_name("logits", logits, _NAMES)
+    spec, function = kernel(logits, RoundingSpec, experts, k, dtype, rule, tile_m)
     words = masks(tokens)
-    keys, marks = (rounded.cu_rows.new_empty(shape) for shape in ((experts, TILE * words), (words, experts, 2)))
-    state = rounded.cu_rows.new_zeros((2 * experts + words,))
-    launch(spec, logits.contiguous(), draws if spec.draws else None, keys, state, marks, *rounded)
+    empty = rounded.cu_rows.new_empty
+    softmax = rounded.scores.new_empty((tokens, 4))
+    state = (rounded.cu_rows.new_zeros if spec.counted else empty)((2 * experts + words,))
+    tiles, marks = empty((experts, words, 4)), empty((words, experts, 2))
+    function(logits.contiguous(), draws if spec.draws else None, softmax, tiles, state, marks, *rounded)
     return rounded
 
 
@@ -81,10 +83,11 @@ def _backward_fake(
 
 
 def _backward_cute(dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
-    if logits.shape[0]:
-        spec = RoundingBackwardSpec(logits.shape[1], dtype_name("logits", logits, _NAMES))
-        launch(spec, dscores.contiguous(), logits.contiguous(), cu_slots, chosen, kept, dlogits)
+    tokens, experts = logits.shape
+    dlogits = logits.new_empty(tokens, experts)
+    if tokens:
+        _, function = kernel(logits, RoundingBackwardSpec, experts, dtype_name("logits", logits, _NAMES))
+        function(dscores.contiguous(), logits.contiguous(), cu_slots, chosen, kept, dlogits)
     return dlogits
 
 

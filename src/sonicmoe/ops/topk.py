@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.cute_kernels.topk import MAX_EXPERTS, MAX_GROUPS, MAX_TOP, TopKBackwardSpec, TopKSpec
-from sonicmoe.ops._cute import dtype_name, launch
+from sonicmoe.ops._cute import dtype_name, kernel
 from sonicmoe.ops._op import define
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,9 +38,9 @@ def _fake(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], k)
-    scores = logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return scores, logits.new_empty(shape, dtype=torch.int32)
+    tokens = logits.shape[0]
+    scores = logits.new_empty(tokens, k, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return scores, logits.new_empty(tokens, k, dtype=torch.int32)
 
 
 def _cute(
@@ -54,20 +54,12 @@ def _cute(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     scores, ids = _fake(logits, k, bias, scoring, renormalize, num_groups, top_groups, scale, "cute")
-    grouped = top_groups < num_groups
-    spec = TopKSpec(
-        experts=logits.shape[1],
-        top=k,
-        dtype=dtype_name("logits", logits, LOGITS),
-        kind=scoring,
-        renormalize=renormalize,
-        scale=scale,
-        biased=bias is not None,
-        num_groups=num_groups if grouped else 1,
-        top_groups=top_groups if grouped else 1,
-    )
-    if logits.shape[0]:
-        launch(spec, aligned(logits), None if bias is None else aligned(bias.to(torch.float32)), scores, ids)
+    tokens, experts = logits.shape
+    groups = (num_groups, top_groups) if top_groups < num_groups else (1, 1)
+    form = (dtype_name("logits", logits, LOGITS), scoring, renormalize, scale, bias is not None, *groups)
+    if tokens:
+        _, function = kernel(logits, TopKSpec, experts, k, *form)
+        function(aligned(logits), None if bias is None else aligned(bias.to(torch.float32)), scores, ids)
     return scores, ids
 
 
@@ -89,11 +81,12 @@ def _backward_fake(
 def _backward_cute(
     dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float
 ) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
-    dtype = dtype_name("logits", logits, LOGITS)
-    spec = TopKBackwardSpec(logits.shape[1], ids.shape[1], dtype, scoring, renormalize, scale)
-    if logits.shape[0]:
-        launch(spec, dscores.contiguous(), ids, aligned(logits), dlogits)
+    tokens, experts = logits.shape
+    dlogits = logits.new_empty(tokens, experts)
+    form = (dtype_name("logits", logits, LOGITS), scoring, renormalize, scale)
+    if tokens:
+        _, function = kernel(logits, TopKBackwardSpec, experts, ids.shape[1], *form)
+        function(dscores.contiguous(), ids, aligned(logits), dlogits)
     return dlogits
 
 

@@ -10,7 +10,7 @@ from sonicmoe.ops._op import define
 
 
 def _fake(dh: Tensor, w1: Tensor, cu_rows: Tensor, w1_layout: str, backend: str) -> Tensor:
-    return dh.new_empty((dh.shape[0], w1.shape[2]))
+    return dh.new_empty(dh.shape[0], w1.shape[2])
 
 
 def _cute(dh: Tensor, w1: Tensor, cu_rows: Tensor, w1_layout: str) -> Tensor:

@@ -23,7 +23,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     num_rows, width = row_token.shape[0], w1.shape[1]
     inter = width // 2 if Activation.parse(activation).gated else width
-    return x.new_empty((num_rows if keep_h else 0, width)), x.new_empty((num_rows, inter))
+    return x.new_empty(num_rows if keep_h else 0, width), x.new_empty(num_rows, inter)
 
 
 def _cute(

@@ -10,7 +10,7 @@ from sonicmoe.ops._op import define
 
 
 def _fake(x: Tensor, dh: Tensor, cu_rows: Tensor, row_token: Tensor, w1_layout: str, backend: str) -> Tensor:
-    return x.new_empty((cu_rows.shape[0] - 1, dh.shape[1], x.shape[1]))
+    return x.new_empty(cu_rows.shape[0] - 1, dh.shape[1], x.shape[1])
 
 
 def _fake_add(

@@ -55,10 +55,13 @@ class _LoadBalance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return once("load_balancing_loss", _LoadBalance._gradients, ctx, dloss)
+
+    @staticmethod
+    def _gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, cu_rows = ctx.saved_tensors
-        with torch.no_grad():
-            dlogits = ops.steps(dloss, logits, cu_rows).load_balance_backward(dloss, logits, cu_rows, ctx.k, "cute")
-        return *once("load_balancing_loss", (dlogits,)), None, None
+        run = ops.steps(dloss, logits, cu_rows)
+        return run.load_balance_backward(dloss, logits, cu_rows, ctx.k, "cute"), None, None
 
 
 def router_z_loss(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from sonicmoe.routing.plan import Routing, plan
 from sonicmoe.routing.scores import working
 from sonicmoe.routing.topk import best
 
-__all__ = ["RULES", "RoundingCounts", "round_counts", "rounding_counts", "route_token_rounding"]
+__all__ = ["RULES", "RoundingCounts", "TokenRounding", "round_counts", "rounding_counts", "route_token_rounding"]
 
 RULES = ("nearest", "stochastic", "stochastic_mass", "balanced", "up", "down")
 
@@ -65,18 +65,31 @@ def route_token_rounding(
         check("generator.device", generator.device, same, f"{logits.device}, as logits")
     if validate:
         check_no_nan("logits", logits)
-    tokens, experts = logits.shape
-    num_slots = min(tokens * experts, tokens * k + experts * (tile_m - 1))
-    draws = None
-    if rule.startswith("stochastic"):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        draws = torch.rand((experts,), dtype=dtype, device=logits.device, generator=generator)
+    num_slots, draws = _num_slots(logits, k, tile_m), _draws(logits, rule, generator)
     if is_hopper(logits.device) and ops.token_rounding_has_kernel(logits, num_slots):
         rounded = Rounded(*_TokenRounding.apply(logits, draws, k, tile_m, rule, num_slots))
     else:
         rounded = reference.token_rounding(logits, draws, k, tile_m, rule, num_slots)
+    return _routing(rounded, logits)
+
+
+def _num_slots(logits: Tensor, k: int, tile_m: int) -> int:
+    """A bound on what rounding can leave, which no value of the device is needed for."""
+    tokens, experts = logits.shape
+    return min(tokens * experts, tokens * k + experts * (tile_m - 1))
+
+
+def _draws(logits: Tensor, rule: str, generator: torch.Generator | None = None) -> Tensor | None:
+    """A number in [0, 1) for each expert, for the rules that need one."""
+    if not rule.startswith("stochastic"):
+        return None
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.rand((logits.shape[1],), dtype=dtype, device=logits.device, generator=generator)
+
+
+def _routing(rounded: Rounded, logits: Tensor) -> Routing:
     scores, cu_rows, row_token, row_slot, slot_row, cu_slots, _, _ = rounded
-    return Routing(scores, cu_rows, row_token, row_slot, slot_row, cu_slots, num_tokens=tokens)
+    return Routing(scores, cu_rows, row_token, row_slot, slot_row, cu_slots, num_tokens=logits.shape[0])
 
 
 class _TokenRounding(torch.autograd.Function):
@@ -94,12 +107,39 @@ class _TokenRounding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return once("route_token_rounding", _TokenRounding._gradients, ctx, dscores)
+
+    @staticmethod
+    def _gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
         logits, cu_slots, chosen, kept = ctx.saved_tensors
-        with torch.no_grad():
-            dlogits = ops.steps(dscores, logits).token_rounding_backward(
-                dscores, logits, cu_slots, chosen, kept, "cute"
-            )
-        return *once("route_token_rounding", (dlogits,)), None, None, None, None, None
+        run = ops.steps(dscores, logits)
+        dlogits = run.token_rounding_backward(dscores, logits, cu_slots, chosen, kept, "cute")
+        return dlogits, None, None, None, None, None
+
+
+class TokenRounding(NamedTuple):
+    """`route_token_rounding` by the kernels, for a layer that keeps by itself what the backward needs."""
+
+    k: int
+    tile_m: int
+    rule: str
+
+    def has_kernels(self, logits: Tensor) -> bool:
+        """Whether they take logits of this shape and dtype. False also for what `route_token_rounding` refuses."""
+        if self.rule not in RULES or self.tile_m < 1 or not 1 <= self.k <= logits.shape[1]:
+            return False
+        return ops.token_rounding_has_kernel(logits, _num_slots(logits, self.k, self.tile_m))
+
+    def forward(self, run: Any, logits: Tensor) -> tuple[Routing, tuple[Tensor, ...]]:
+        """The routing, and what else to keep for `backward`. run: the ops, or their bodies."""
+        num_slots = _num_slots(logits, self.k, self.tile_m)
+        draws = _draws(logits, self.rule)
+        rounded = Rounded(*run.token_rounding(logits, draws, self.k, self.tile_m, self.rule, num_slots, "cute"))
+        return _routing(rounded, logits), (rounded.cu_slots, rounded.chosen, rounded.kept)
+
+    def backward(self, run: Any, dscores: Tensor, logits: Tensor, *kept: Tensor) -> Tensor:
+        """The gradients of logits from those of the routing's scores."""
+        return run.token_rounding_backward(dscores, logits, *kept, "cute")
 
 
 class RoundingCounts(NamedTuple):

@@ -14,7 +14,7 @@ from sonicmoe.reference.topk import best
 from sonicmoe.routing.checks import check, check_like, check_logits, check_no_nan
 from sonicmoe.routing.plan import Routing, plan
 
-__all__ = ["SCORINGS", "Scoring", "best", "route_topk", "topk"]
+__all__ = ["SCORINGS", "Scoring", "TopK", "best", "route_topk", "topk"]
 
 SCORINGS = ("topk_softmax", "softmax_topk", "sigmoid")
 
@@ -118,10 +118,40 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return once("route_topk", _TopK._gradients, ctx, dscores)
+
+    @staticmethod
+    def _gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
         logits, ids = ctx.saved_tensors
         kind, renormalize, _, _, scale = ctx.scoring
-        with torch.no_grad():
-            dlogits = ops.steps(dscores, ids, logits).topk_backward(
-                dscores, ids, logits, kind, renormalize, scale, "cute"
-            )
-        return *once("route_topk", (dlogits,)), None, None, None
+        run = ops.steps(dscores, ids, logits)
+        return run.topk_backward(dscores, ids, logits, kind, renormalize, scale, "cute"), None, None, None
+
+
+class TopK(NamedTuple):
+    """`route_topk` by the kernels, for a layer that keeps by itself what the backward needs."""
+
+    k: int
+    scoring: Scoring
+
+    def has_kernels(self, logits: Tensor) -> bool:
+        """Whether they take logits of this shape and dtype. False also for what `route_topk` refuses."""
+        kind, _, num_groups, top_groups, _ = self.scoring
+        tokens, experts = logits.shape
+        if kind not in SCORINGS or not 1 <= self.k <= experts:
+            return False
+        ids = logits.new_empty((tokens, self.k), dtype=torch.int32)
+        return ops.topk_has_kernel(logits, self.k, num_groups, top_groups) and ops.plan_has_kernel(ids, experts)
+
+    def forward(self, run: Any, logits: Tensor) -> tuple[Routing, tuple[Tensor, ...]]:
+        """The routing, and what to keep for `backward`. run: the ops, or their bodies."""
+        kind, renormalize, num_groups, top_groups, scale = self.scoring
+        scores, ids = run.topk(logits, self.k, None, kind, renormalize, num_groups, top_groups, scale, "cute")
+        tokens, experts = logits.shape
+        cu_rows, row_token, row_slot, slot_row = run.plan(ids, None, experts, "cute")
+        return Routing(scores.view(-1), cu_rows, row_token, row_slot, slot_row, None, tokens), (ids,)
+
+    def backward(self, run: Any, dscores: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+        """The gradients of logits from those of the routing's scores."""
+        kind, renormalize, _, _, scale = self.scoring
+        return run.topk_backward(dscores.view(ids.shape), ids, logits, kind, renormalize, scale, "cute")

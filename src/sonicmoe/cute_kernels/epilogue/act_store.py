@@ -11,7 +11,7 @@ from ..groups import Tile
 from ..operands import TmaTensor
 from ..ptx import pack
 from . import math
-from .base import Epilogue, clamped_rows
+from .base import RingEpilogue, clamped_rows
 from .bias import column_bias
 from .driver import BOX, Lane, registers_of, tma_store
 
@@ -29,7 +29,7 @@ class ActStoreState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ActStore(Epilogue):
+class ActStore(RingEpilogue):
     act: object  # sonicmoe.activations.Activation
     half_columns: int  # of the tile, in one half
     n: int  # columns of one half
@@ -49,8 +49,8 @@ class ActStore(Epilogue):
         kept = tma_store(ragged_rows(h, self.halves), self.dtype) if self.keep_h else None
         return ActStoreArgs(kept, tma_store(ragged_rows(a, 1), self.dtype), bias)
 
-    def open(self, args: ActStoreArgs, tile: Tile, lane: Lane, first_block, part) -> ActStoreState:
-        column = tile.n * self.half_columns + part * (self.subtiles * BOX)
+    def open(self, args: ActStoreArgs, tile: Tile, lane: Lane, first_block) -> ActStoreState:
+        column = tile.n * self.half_columns
         biases = tuple(self.half_bias(args.bias, half, tile.group, column, lane) for half in range(self.halves))
         return ActStoreState(first_block, column, biases)
 

@@ -52,13 +52,13 @@ class AddWeight:
     def describe(self, tensors) -> AddArgs:
         return AddArgs(grouped_weight(tensors[0], self.halves, self.interleaved))
 
-    def open(self, args: AddArgs, tile: Tile, lane: Lane, first_block, part) -> AddState:
+    def open(self, args: AddArgs, tile: Tile, lane: Lane, first_block) -> AddState:
         view = args.view
         half, group = Int64(tile.half) * view.stride[2], Int64(tile.group) * view.stride[3]
         return AddState(
             view.iterator.toint() + (half + group) * 4,
             tile.m * self.tile_m + first_block * BOX + lane.row,
-            tile.n * self.tile_n + part * (self.subtiles * BOX) + lane.column,
+            tile.n * self.tile_n + lane.column,
         )
 
     @cute.jit

@@ -9,24 +9,25 @@ from cutlass import Int32
 from ..groups import Tile
 from ..pipelines import Feed
 from ..ptx import stmatrix_x4
-from .driver import BOX, Buffers, Lane, Place, barrier, store_box, wait_stores
+from .driver import BOX, Buffers, Lane, Place, barrier, box_layout, store_box, wait_stores
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Subclasses give `visit` and `targets`; one with inputs of its own declares `ring_steps` and gives `feed`."""
+    """Subclasses give `visit` and `targets`."""
 
     dtype: type
     buffer_count: int  # 64x64 buffers of one warpgroup
     blocks: int  # 64-row blocks of one warpgroup
     subtiles: int  # 64-column sub-tiles of a block
 
-    ring_steps = 0  # steps of the ring, after a tile's k steps, that bring inputs of the epilogue
-    ring_bytes = 0  # of such a step
+    ring_steps = 0  # steps of the ring, after a tile's k steps, that the epilogue works in
+    ring_bytes = 0  # that such a step brings
     transpose = False  # buffers hold the tile's columns as rows
 
     def feed(self, args, tile: Tile, ring_smem, schedule, tile_m: int):
         """load(step, stage, barrier): the loads of a ring step, called by one warp of the producer."""
+        return lambda step, stage, barrier: None
 
     @property
     def outs(self) -> int:
@@ -39,8 +40,8 @@ class Epilogue:
 
     @property
     def buffer_elements(self) -> int:
-        """Of shared memory, of both consumer warpgroups"""
-        return cute.cosize(self.buffers.layout())
+        """Of shared memory, of both consumer warpgroups; a range of it cannot be empty"""
+        return cute.cosize(self.buffers.layout()) if self.buffer_count else BOX
 
     def pending(self, index: int) -> int:
         """How many stores of warp 0 may still be reading when sub-tile `index` is written."""
@@ -57,10 +58,8 @@ class Epilogue:
         for mb in cutlass.range_constexpr(self.blocks):
             for nb in cutlass.range_constexpr(self.subtiles):
                 index = cutlass.const_expr(mb * self.subtiles + nb)
-                if lane.warp == 0:
-                    wait_stores(self.pending(index))
-                barrier(lane.consumer)
-                fed = feed.wait(index) if self.ring_steps else None
+                self.begin(lane, index)
+                fed = self.fed(feed, index)
                 places = self.places(smem, fed, lane.consumer, index)
                 for q in cutlass.range_constexpr(4):
                     values = self.visit(args, state, lane, fed, accumulators[mb], mb, nb, q)
@@ -72,6 +71,16 @@ class Epilogue:
                     self.store(args, state, places, tile, mb, nb)
                 self.finish_subtile(feed, lane, index)
             self.finish_block(args, state, tile, lane, mb)
+
+    @cute.jit
+    def begin(self, lane: Lane, index: cutlass.Constexpr):
+        """All warps: the places of a sub-tile's outputs may be written."""
+        if lane.warp == 0:
+            wait_stores(self.pending(index))
+        barrier(lane.consumer)
+
+    def fed(self, feed: Feed, index: int):
+        """What a sub-tile has of the ring."""
 
     @cute.jit
     def store(self, args, state, places, tile: Tile, mb: cutlass.Constexpr, nb: cutlass.Constexpr):
@@ -95,3 +104,88 @@ class Epilogue:
 def clamped_rows(tile: Tile, block: Int32) -> Int32:
     """Rows of the group from a 64-row block on (may be zero or negative)."""
     return tile.rows - block * BOX
+
+
+@dataclass(frozen=True)
+class RingEpilogue(Epilogue):
+    """One whose outputs leave from stages of the ring, in steps that follow the tile's k steps; without `in_ring`
+    outputs it is as any other.
+
+    A sub-tile of each warpgroup, or several, go into a step's stage, a 64x64 box for each output. A stage goes back to
+    the producer when the copy engine has read it; meanwhile the others take the next tile's operands.
+    """
+
+    sharers: int  # warpgroups that work on a tile
+    stages: int  # of the ring
+    boxes: tuple  # of a stage: (of B, of A)
+
+    @property
+    def in_ring(self) -> int:
+        """Outputs of a sub-tile that leave from the ring: all, unless there are buffers."""
+        return 0 if self.buffer_count else self.outs
+
+    @property
+    def per_step(self) -> int:
+        """Sub-tiles of a warpgroup in a stage: the fewest that make the fewest steps"""
+        count = self.blocks * self.subtiles
+        room = sum(boxes // self.sharers for boxes in self.boxes)
+        return -(-count // -(-count // (room // self.in_ring)))
+
+    @property
+    def ring_steps(self) -> int:
+        return -(-self.blocks * self.subtiles // self.per_step) if self.in_ring else 0
+
+    @property
+    def buffers(self) -> Buffers:
+        return Buffers(self.dtype, self.buffer_count, self.blocks * self.subtiles * (self.outs - self.in_ring))
+
+    def pending(self, index: int) -> int:
+        # With outputs in the ring, of the tile before none; of this one those of the sub-tiles since the buffer was
+        # last used: `finish_subtile` leaves those of one.
+        return self.outs * (self.buffer_count - 1) if self.in_ring else super().pending(index)
+
+    def box(self, number: int) -> tuple[int, int]:
+        """(0: in B, 1: in A; first box) of an output of a stage's sub-tiles, one box for each warpgroup"""
+        in_b = self.boxes[0] // self.sharers
+        return (0, number * self.sharers) if number < in_b else (1, (number - in_b) * self.sharers)
+
+    def ring_layout(self, region: int):
+        return box_layout(self.dtype, self.stages * self.boxes[region])
+
+    def ring_places(self, fed, consumer: Int32, numbers) -> list[Place]:
+        found = []
+        for number in numbers:
+            region, first = self.box(number)
+            box = fed.stage * self.boxes[region] + first + (consumer if self.sharers > 1 else 0)
+            found.append(Place(fed.smem[region], self.ring_layout(region), box))
+        return found
+
+    def places(self, smem: cute.Pointer, fed, consumer: Int32, index: int) -> list[Place]:
+        if not self.in_ring:
+            return super().places(smem, fed, consumer, index)
+        first, own, buffers = index % self.per_step * self.in_ring, self.outs - self.in_ring, self.buffers
+        used = [consumer * self.buffer_count + buffers.index(index * own + i) for i in range(own)]
+        in_ring = self.ring_places(fed, consumer, range(first, first + self.in_ring))
+        return in_ring + [Place(smem, buffers.layout(), box) for box in used]
+
+    @cute.jit
+    def begin(self, lane: Lane, index: cutlass.Constexpr):
+        if cutlass.const_expr(self.in_ring < self.outs):  # in the ring nothing is written twice in a tile
+            if lane.warp == 0:
+                wait_stores(self.pending(index))
+            barrier(lane.consumer)
+
+    def fed(self, feed: Feed, index: int):
+        return feed.wait(index // self.per_step) if self.in_ring else None
+
+    @cute.jit
+    def finish_subtile(self, feed: Feed, lane: Lane, index: cutlass.Constexpr):
+        """Warp 0, whose stores read them, holds each stage for a step longer, and the last as `Late` says."""
+        if cutlass.const_expr(self.in_ring > 0):
+            step, within = index // self.per_step, index % self.per_step
+            if cutlass.const_expr(within == self.per_step - 1 or index == self.blocks * self.subtiles - 1):
+                if lane.warp > 0:
+                    feed.release(step)
+                elif cutlass.const_expr(step > 0):
+                    wait_stores(self.outs * (within + 1))
+                    feed.release(step - 1)

@@ -3,9 +3,8 @@
 Reads h; with a = act(h) and s = the row's score it stores dh = act'(h) * s * p and a_s = s * a, and writes for each row
 and warpgroup column block the sum of p * a: its part of dscore.
 
-h comes through the ring, in steps that follow the tile's k steps: one sub-tile of each warpgroup per step, a 64x64 box
-for each half. So it is under way while the last products run. dh takes its place in the stage, which goes back to the
-producer when the copy engine has read it: only a_s needs buffers.
+h comes through the ring, in steps that follow the tile's k steps, so it is under way while the last products run. dh
+takes its place in the stage, and a_s what is left of it, or buffers where that is too little.
 """
 
 from dataclasses import dataclass
@@ -13,27 +12,22 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float32, Int32
 
 from ..copies import halved_rows, ragged_rows, ragged_start
 from ..groups import Tile
 from ..operands import TmaTensor
-from ..pipelines import Feed
 from ..ptx import ldmatrix_x4, pack, unpack
 from . import math
-from .base import Epilogue
+from .base import RingEpilogue
 from .driver import (
     BOX,
     BUFFER_BYTES,
-    Buffers,
     Lane,
-    Place,
-    box_layout,
     load_box,
     registers_of,
     tma_load,
     tma_store,
-    wait_stores,
 )
 
 
@@ -57,13 +51,10 @@ class DActReduceState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DActReduce(Epilogue):
+class DActReduce(RingEpilogue):
     act: object
     columns: int  # of the tile
     n: int  # columns of one half
-    sharers: int  # warpgroups that work on a tile
-    stages: int  # of the ring
-    boxes: tuple  # of a stage: (of B, of A)
 
     @property
     def halves(self) -> int:
@@ -74,17 +65,14 @@ class DActReduce(Epilogue):
         return self.halves + 1
 
     @property
-    def buffers(self) -> Buffers:
-        """Of a_s"""
-        return Buffers(self.dtype, self.buffer_count, self.blocks * self.subtiles)
-
-    def pending(self, index: int) -> int:
-        # Nothing of the tile before; and of this one the sub-tiles since the a_s buffer was used last.
-        return self.outs * (self.buffer_count - 1)
+    def in_ring(self) -> int:
+        """dh, in the place of h, and a_s unless it has buffers"""
+        return self.halves if self.buffer_count else self.outs
 
     @property
-    def ring_steps(self) -> int:
-        return self.blocks * self.subtiles
+    def per_step(self) -> int:
+        """A stage brings h of one sub-tile"""
+        return 1
 
     @property
     def ring_bytes(self) -> int:
@@ -94,11 +82,6 @@ class DActReduce(Epilogue):
     def parts(self) -> int:
         """Columns of the parts tensor"""
         return -(-self.n // (self.subtiles * BOX))
-
-    def place(self, half: int):
-        """(0: in B, 1: in A; first box) of a half's boxes in a stage, one box for each warpgroup"""
-        in_b = self.boxes[0] // self.sharers
-        return (0, half * self.sharers) if half < in_b else (1, (half - in_b) * self.sharers)
 
     def describe(self, tensors) -> DActReduceArgs:
         h, dh, a_s, scores, row_slot, parts = tensors
@@ -113,48 +96,37 @@ class DActReduce(Epilogue):
 
     def feed(self, args: DActReduceArgs, tile: Tile, ring_smem, schedule, tile_m: int):
         """load(step, stage, barrier), called by one warp of the producer."""
-        layouts = [box_layout(self.dtype, self.stages * boxes) for boxes in self.boxes]
 
         def load(step: int, stage: Int32, bar: cute.Pointer):
             mb, nb = divmod(step, self.subtiles)
             for half in range(self.halves):
-                region, first = self.place(half)
+                region, first = self.box(half)
                 for consumer in range(self.sharers):
                     block = schedule.first_block(consumer, tile_m) + mb
-                    column = tile.n * self.columns + schedule.part_n(consumer) * (self.subtiles * BOX) + nb * BOX
+                    column = tile.n * self.columns + nb * BOX
                     box = stage * self.boxes[region] + first + consumer
                     start = (tile.row + block * BOX, column, half)
-                    load_box(args.h, ring_smem[region], layouts[region], box, start, bar)
+                    load_box(args.h, ring_smem[region], self.ring_layout(region), box, start, bar)
 
         return load
 
-    def open(self, args: DActReduceArgs, tile: Tile, lane: Lane, first_block, part) -> DActReduceState:
+    def open(self, args: DActReduceArgs, tile: Tile, lane: Lane, first_block) -> DActReduceState:
         scores = []
         for mb in range(self.blocks):
             rows = [cutlass.min((first_block + mb) * BOX + 8 * r + lane.row, tile.rows - 1) for r in range(2)]
             scores.append([args.scores[args.row_slot[tile.row + row]] for row in rows])
-        width = self.subtiles * BOX
         return DActReduceState(
             tile.row + first_block * BOX,
             tile.rows - first_block * BOX,
-            tile.n * self.columns + part * width,
-            tile.n * (self.columns // width) + part,
+            tile.n * self.columns,
+            tile.n,
             scores,
             [Float32(0.0), Float32(0.0)],
             [],
         )
 
-    def places(self, smem: cute.Pointer, fed, consumer: Int32, index: int) -> list[Place]:
-        found = []
-        for half in range(self.halves):
-            region, first = self.place(half)
-            box = fed.stage * self.boxes[region] + first + (consumer if self.sharers > 1 else 0)
-            found.append(Place(fed.smem[region], box_layout(self.dtype, self.stages * self.boxes[region]), box))
-        own = consumer * self.buffer_count + self.buffers.index(index)
-        return [*found, Place(smem, self.buffers.layout(), own)]
-
     def h_registers(self, lane: Lane, fed, q: int):
-        places = self.places(fed.smem[0], fed, lane.consumer, 0)[: self.halves]
+        places = self.ring_places(fed, lane.consumer, range(self.halves))
         return [ldmatrix_x4(lane.matrix_address(place.address(), q, False)) for place in places]
 
     def visit(self, args, state: DActReduceState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
@@ -169,7 +141,7 @@ class DActReduce(Epilogue):
             h = [unpack(self.dtype, registers[i]) for registers in loaded]
             weighted, slopes = [], []
             for side, p in enumerate((lo, hi)):
-                a, slope = math.backward(self.act, tuple(pair[side] for pair in h))
+                a, slope = math.backward(self.act, self.dtype is BFloat16, tuple(pair[side] for pair in h))
                 state.sums[r] = state.sums[r] + p * a
                 weighted.append(score * a)
                 slopes.append([s * (score * p) for s in slope])
@@ -186,19 +158,6 @@ class DActReduce(Epilogue):
         column = state.column + nb * BOX
         out = [(args.dh, ragged_start(first, rows, column, half), rows > 0) for half in range(self.halves)]
         return (*out, (args.a_s, ragged_start(first, rows, column, 0), rows > 0))
-
-    @cute.jit
-    def finish_subtile(self, feed: Feed, lane: Lane, index: cutlass.Constexpr):
-        """Stages go back to the producer: warp 0, whose stores read them, holds each for a sub-tile longer."""
-        if lane.warp > 0:
-            feed.release(index)
-        else:
-            if cutlass.const_expr(index > 0):
-                wait_stores(self.outs)
-                feed.release(index - 1)
-            if cutlass.const_expr(index == self.ring_steps - 1):
-                wait_stores(0)
-                feed.release(index)
 
     def finish_block(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, lane: Lane, mb: int):
         for r in range(2):

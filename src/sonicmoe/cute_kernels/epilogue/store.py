@@ -39,8 +39,8 @@ class StoreRows(Epilogue):
         target, bias = tensors
         return StoreArgs(tma_store(ragged_rows(target, 1), self.dtype), bias)
 
-    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block, part) -> StoreState:
-        column = tile.n * self.columns + part * (self.subtiles * BOX)
+    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block) -> StoreState:
+        column = tile.n * self.columns
         return StoreState(first_block, column, column_bias(args.bias, tile.group, column, lane, self.n))
 
     def visit(self, args, state: StoreState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
@@ -71,8 +71,8 @@ class StoreWeight(Epilogue):
         view = grouped_weight(tensors[0], self.halves, self.interleaved)
         return StoreArgs(tma_store(view, self.dtype), None)
 
-    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block, part) -> StoreState:
-        return StoreState(first_block, tile.n * self.columns + part * (self.subtiles * BOX), None)
+    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block) -> StoreState:
+        return StoreState(first_block, tile.n * self.columns, None)
 
     def visit(self, args, state: StoreState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
         return (registers_of(acc, nb * (BOX // 8) + 2 * q, lambda r, j, lo, hi: pack(self.dtype, lo, hi)),)

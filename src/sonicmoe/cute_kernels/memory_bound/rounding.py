@@ -1,25 +1,24 @@
-"""Token rounding in three launches: keys of all pairs, each expert's selection, the kept pairs in both orders.
+"""Token rounding in three launches: every token's choice, each expert's selection, the kept pairs in both orders.
 
-Each launch but the first starts while the one before it ends, and waits before it reads. `state` is zero at first: the
-experts' counts by top-K, their rounded counts, and how many pairs each 32 tokens keep.
+Each launch but the first starts while the one before it ends, and waits before it reads. `state` holds the experts'
+counts by top-K, zero at first, where they are needed; their rounded counts; and how many pairs each 32 tokens keep,
+which the first launch makes zero.
 """
 
 from dataclasses import dataclass
 
 import cutlass.cute as cute
 
-from .rounding_keys import WARPS as KEYS_WARPS
-from .rounding_keys import Keys
+from .rounding_choose import THREADS as CHOOSE_THREADS
+from .rounding_choose import Choose
 from .rounding_pairs import THREADS as PAIRS_THREADS
 from .rounding_pairs import Pairs
-from .rounding_select import THREADS as SELECT_THREADS
 from .rounding_select import Select
-from .team import WARP
 
 
 @dataclass(frozen=True)
 class TokenRounding:
-    keys: Keys
+    choose: Choose
     select: Select
     pairs: Pairs
 
@@ -28,7 +27,8 @@ class TokenRounding:
         self,
         logits: cute.Tensor,
         draws: cute.Tensor | None,
-        keys: cute.Tensor,
+        softmax: cute.Tensor,
+        tiles: cute.Tensor,
         state: cute.Tensor,
         marks: cute.Tensor,
         scores: cute.Tensor,
@@ -41,15 +41,21 @@ class TokenRounding:
         kept: cute.Tensor,
         stream,
     ):
-        self.keys.kernel(logits, keys, chosen, state).launch(
-            grid=[keys.shape[1] // self.keys.tile, 1, 1], block=[KEYS_WARPS * WARP, 1, 1], stream=stream
+        self.choose.kernel(logits, chosen, softmax, tiles, state).launch(
+            grid=[marks.shape[0], 1, 1], block=[CHOOSE_THREADS, 1, 1], stream=stream
         )
-        self.select.kernel(keys, draws, state, marks, logits.shape[0]).launch(
+        self.select.kernel(logits, softmax, tiles, draws, state, marks).launch(
             grid=[self.select.experts, 1, 1],
-            block=[SELECT_THREADS, 1, 1],
+            block=[self.select.threads, 1, 1],
             stream=stream,
             use_pdl=True,
         )
-        self.pairs.kernel(keys, state, marks, scores, cu_rows, row_token, row_slot, slot_row, cu_slots, kept).launch(
-            grid=[marks.shape[0], 1, 1], block=[PAIRS_THREADS, 1, 1], stream=stream, use_pdl=True
+        self.pairs.kernel(
+            logits, softmax, chosen, state, marks, scores, cu_rows, row_token, row_slot, slot_row, cu_slots, kept
+        ).launch(
+            grid=[marks.shape[0], 1, 1],
+            block=[PAIRS_THREADS, 1, 1],
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=1,
         )

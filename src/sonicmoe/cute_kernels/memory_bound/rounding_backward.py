@@ -1,4 +1,4 @@
-"""Gradients of the logits from those of the kept pairs' scores, a token per warp; see `rounding_keys` for its lanes.
+"""Gradients of the logits from those of the kept pairs' scores, a token per warp; see `rounding_choose` for its lanes.
 
 A chosen pair's score is a softmax over the token's chosen experts, any other pair's one over all, so that of logit j is
 
@@ -17,7 +17,7 @@ from cutlass import Boolean, Float32, Int32, Uint32
 from ..groups import ceil_div
 from .access import DTYPES, address, load_or, reinterpret
 from .logits import choose, finite, key_of, number_of, store_number, warp_greatest, warp_sum, working
-from .rounding_keys import TokenRow, bit_of, bits
+from .rounding_choose import TokenRow, bit_of, bits
 from .team import WARP, count_bits, lanes_below
 
 WARPS = 8

@@ -6,14 +6,15 @@ these 32 tokens. What is left over, slots and rows past the last pair, is cleare
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from ..groups import ceil_div
-from .access import address
-from .rounding_keys import score_of
+from .access import address, load_or
+from .rounding_choose import Softmax, TokenRow, load_softmax, lowest_bit, score_of
 from .team import WARP, count_bits, lanes_below, scan_in_place, shared, team_sum, transpose_bits, warp_scan
 
 WARPS = 8
@@ -30,14 +31,22 @@ def load_pair(source, valid: Boolean):
     )
 
 
-def lowest_bit(mask: Uint32) -> Int32:
-    """The number of the lowest bit that is set; there is one."""
-    return count_bits((mask & (Uint32(0) - mask)) - Uint32(1))
+class Group(NamedTuple):
+    """A lane's pairs with 32 experts."""
+
+    number: Int32  # of the group
+    experts: Uint32  # a bit for each that keeps the lane's token
+    slot: Int32  # of the first
+    softmax: Softmax  # of the token
 
 
 @dataclass(frozen=True)
 class Pairs:
-    experts: int
+    row: TokenRow
+
+    @property
+    def experts(self) -> int:
+        return self.row.experts
 
     @property
     def groups(self) -> int:
@@ -47,7 +56,9 @@ class Pairs:
     @cute.kernel
     def kernel(
         self,
-        keys: cute.Tensor,
+        logits: cute.Tensor,
+        softmax: cute.Tensor,
+        chosen: cute.Tensor,
         state: cute.Tensor,
         marks: cute.Tensor,
         scores: cute.Tensor,
@@ -93,10 +104,10 @@ class Pairs:
         if warp == 0:
             self.number_slots(cu_slots, kept, of_token, slots, first_slot)
         cute.arch.sync_threads()
+        softmax_of_token = load_softmax(softmax, cta * WARP + lane, Boolean(cta * WARP + lane < logits.shape[0]))
         for g in cutlass.range(warp, groups, WARPS, unroll=1):
-            self.write_pairs(
-                keys, scores, row_token, row_slot, slot_row, rows, masks, g * WARP, of_token[g, lane], slots[g, lane]
-            )
+            pairs = Group(g, of_token[g, lane], slots[g, lane], softmax_of_token)
+            self.write_pairs(logits, chosen, scores, row_token, row_slot, slot_row, rows, masks, pairs)
         ctas, _, _ = cute.arch.grid_dim()
         for i in cutlass.range(used + cta * THREADS + tid, scores.shape[0], ctas * THREADS, unroll=1):
             scores[i] = Float32(0.0)
@@ -125,19 +136,23 @@ class Pairs:
             slots[g, lane] += first
 
     @cute.jit
-    def write_pairs(
-        self, keys, scores, row_token, row_slot, slot_row, rows, masks, group: Int32, experts: Uint32, slot: Int32
-    ):
+    def write_pairs(self, logits, chosen, scores, row_token, row_slot, slot_row, rows, masks, pairs: Group):
         """A lane: the pairs of its token with the experts of a group, in their order."""
         cta, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
         lane = tid % WARP
         token = cta * WARP + lane
+        experts, slot = pairs.experts, pairs.slot
+        word = address(chosen, token, self.groups * 4) + 4 * pairs.number
+        chosen_experts = Uint32(load_or(word, Boolean(experts != 0), 0, Int32))
         while experts != 0:
-            expert = group + lowest_bit(experts)
+            place = lowest_bit(experts)
+            expert = pairs.number * WARP + place
             experts = experts & (experts - Uint32(1))
+            logit = self.row.load_one(logits, token, expert, Boolean(True))
+            is_chosen = Boolean(((chosen_experts >> Uint32(place)) & Uint32(1)) != 0)
             row = rows[expert] + count_bits(masks[expert] & lanes_below(lane))
-            scores[slot] = score_of(keys[expert, token])
+            scores[slot] = score_of(logit, pairs.softmax, is_chosen)
             slot_row[slot] = row
             row_token[row] = token
             row_slot[row] = slot

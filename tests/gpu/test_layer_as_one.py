@@ -1,0 +1,78 @@
+"""`sonicmoe.MoE` as one autograd Function on the kernels: bit for bit what the same module gives step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sonicmoe import MoE, layer
+
+DEVICE = "cuda"
+E, K, H, I, T = 8, 2, 256, 128, 300  # noqa: E741
+
+
+def _problem(**settings: Any) -> tuple[MoE, Tensor, Tensor]:
+    torch.manual_seed(0)
+    moe = MoE(E, K, H, I, std=0.06, device=DEVICE, dtype=torch.bfloat16, **settings)
+    x = torch.randn(3, T // 3, H, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    return moe, x, torch.randn_like(x)
+
+
+def _results(moe: MoE, x: Tensor, do: Tensor) -> list[Tensor]:
+    o, loss = moe(x)
+    gradients = torch.autograd.grad([o, loss], [x, *moe.parameters()], [do, torch.full_like(loss, 0.5)])
+    return [o.detach(), loss.detach(), *gradients]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"add_bias": True, "w1_layout": "interleaved"}, {"routing": "token_rounding"}, {"scoring": "sigmoid"}],
+)
+def test_every_bit_is_the_same(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x, do = _problem(**settings)
+    run, runs = layer.run, []
+
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        runs.append(arguments)
+        return run(*arguments)
+
+    monkeypatch.setattr(layer, "run", counted)
+    as_one = _results(moe, x, do)
+    assert len(runs) == 1
+    moe.router.register_forward_hook(lambda *_: None)
+    by_steps = _results(moe, x, do)
+    assert len(runs) == 1
+    for one, other in zip(as_one, by_steps, strict=True):
+        assert one.isfinite().all() and one.any() and torch.equal(one, other)
+
+
+def test_in_a_cuda_graph() -> None:
+    moe, x, do = _problem(add_bias=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _results(moe, x, do)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _results(moe, x, do)
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(captured, _results(moe, x, do), strict=True))
+
+
+@pytest.mark.unpoisoned
+def test_nothing_waits_for_the_device() -> None:
+    moe, x, do = _problem(routing="token_rounding")
+    _results(moe, x, do)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _results(moe, x, do)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
