@@ -15,7 +15,7 @@ from perf.session import Options, Session, brief, time_cells
 from perf.shapes import Shape
 from perf.what.layers import available, built
 
-CALLS = {"host-launches": 50, "host-forward": 50, "host-inference": 50, "host-both": 25}
+CALLS = {"host-launches": 50, "host-forward": 50, "host-inference": 50, "host-both": 25, "host-both-one-thread": 25}
 HEADER = ("layer", "what", "µs per call", "p20", "p80")
 
 
@@ -43,11 +43,20 @@ def _calls(layer: Layer, problem: Problem) -> dict[str, Callable[[], object]]:
         with torch.no_grad():
             return layer.forward()
 
+    def both() -> object:
+        return torch.autograd.grad(layer.forward(), layer.leaves, problem.do)
+
+    def one_thread() -> object:
+        with torch.autograd.set_multithreading_enabled(False):
+            return both()
+
     return {
         "host-forward": layer.forward,
         "host-inference": inference,
         # In rounds of 25 calls: a queue of a thousand launches is full after 50, and the host would wait for it.
-        "host-both": lambda: torch.autograd.grad(layer.forward(), layer.leaves, problem.do),
+        "host-both": both,
+        # autograd's thread of the device has to be woken, and takes Python's lock in turns with its caller's
+        "host-both-one-thread": one_thread,
     }
 
 
