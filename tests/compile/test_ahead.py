@@ -45,7 +45,7 @@ def _there(folder: Path) -> list[bool]:
 
 def test_workers_compile_all_but_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead.compile_ahead(SPECS)
-    assert len(ahead._workers) == 2
+    assert len(ahead._workers) == 1
     _wait()
     assert _there(folder) == [False, True, True]
     monkeypatch.setattr(compile, "compile_spec", lambda *_: pytest.fail("compiled again"))

@@ -1,15 +1,18 @@
 """Compiling what a layer will need side by side, by other processes, while the layer's first call is on its way.
 
-The cache on disk is where the processes meet: whoever needs a kernel that a worker has in hand waits for its lock and
-loads what the worker left. Nothing depends on the workers: without them, or without a cache on disk, each kernel is
-compiled when it is first called.
+One worker imports the compiler and forks a child for each kernel, so many at once: importing takes longer than most
+kernels do. The cache on disk is where the processes meet: whoever needs a kernel that a child has in hand waits for
+its lock and loads what the child left. Nothing depends on them: without them, or without a cache on disk, each kernel
+is compiled when it is first called.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -34,20 +37,19 @@ def jobs() -> int:
 
 
 def compile_ahead(specs: Iterable[Spec]) -> None:
-    """Start processes that compile what of these is not in the cache on disk. Returns at once.
+    """Have what of these is not in the cache on disk compiled by other processes. Returns at once.
 
     The first one missing is left to the caller, who is about to need it. None is asked for twice.
     """
     root = cache.folder()
     # Without an interpreter of its own, as in a frozen program, there is nothing to start.
-    if root is None or jobs() == 0 or not sys.executable or hasattr(sys, "frozen"):
+    if root is None or jobs() == 0 or not sys.executable or hasattr(sys, "frozen") or not hasattr(os, "fork"):
         return
     new = [s for s in dict.fromkeys(specs) if s not in _asked and s.why_invalid() is None]
     _asked.update(new)
     missing = [s for s in new if not cache.path_of(s, root).exists()][1:]
-    workers = min(jobs(), len(missing))
-    for first in range(workers):
-        _start(missing[first::workers])
+    if missing:
+        _start(missing)
 
 
 def _start(specs: list[Spec]) -> None:
@@ -57,10 +59,11 @@ def _start(specs: list[Spec]) -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a group of its own, which its children belong to
         )
         assert worker.stdin is not None
         with worker.stdin as pipe:
-            pickle.dump(specs, pipe)
+            pickle.dump((jobs(), specs), pipe)
     except OSError:
         return  # no process to be had: the kernels are compiled here
     _workers.append(worker)
@@ -70,5 +73,6 @@ def _start(specs: list[Spec]) -> None:
 def _stop() -> None:
     for worker in _workers:
         if worker.poll() is None:
-            worker.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGTERM)
         worker.wait()

@@ -1,9 +1,11 @@
-"""A process that compiles specs into the cache on disk; started by ahead.py, which pickles them to its input.
+"""A process that has specs compiled into the cache on disk; started by ahead.py, which pickles them to its input.
 
 Run by its path, with the packages above its modules in name only: importing torch, which compiling does not need, would
-take longer than a kernel. What goes wrong is left to the process that needs the kernel: it compiles it and says so.
+take longer than a kernel. It imports the compiler, and a child forked from it compiles each kernel: nothing of the
+compiler runs before the fork. What goes wrong is left to the process that needs the kernel: it compiles it and says so.
 """
 
+import os
 import pickle
 import sys
 import types
@@ -17,10 +19,25 @@ def main() -> None:
         module.__path__ = [str(folder)]
         sys.modules[name] = module
     sys.modules["torch"] = None  # type: ignore[assignment]  # the DSL takes that for absent
+    jobs, specs = pickle.load(sys.stdin.buffer)
+
+    import cutlass.cute  # noqa: F401
+
     from sonicmoe.jit import cache
 
-    for spec in pickle.load(sys.stdin.buffer):
-        cache.fill(spec)
+    alive = 0
+    for spec in specs:
+        if alive == jobs:
+            os.wait()
+            alive -= 1
+        if os.fork() == 0:
+            try:
+                cache.fill(spec)
+            finally:
+                os._exit(0)
+        alive += 1
+    for _ in range(alive):
+        os.wait()
 
 
 if __name__ == "__main__":
