@@ -101,7 +101,7 @@ def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) ->
     if not route.has_kernels(logits) or not ops.load_balance_has_kernel(logits):
         return None
     biases, per_token = (b1 is not None, b2 is not None), k if rounding is None else None
-    sizes, asked = (experts, hidden, inter), scoring if rounding is None else None
+    sizes, asked = (experts, hidden, inter), ops.Router(k, scoring, renormalize, rounding)
     ops.compile_layer(x.device.index, sizes, x.dtype, activation, w1_layout, biases, per_token, training, asked)
     return Kind(route, Form(activation, w1_layout, "cute"))
 

@@ -101,7 +101,7 @@ class MoE(nn.Module):
 
     def route(self, logits: Tensor) -> Routing:
         """The routing of logits (T, E): token rounding while training, if asked for, else top-K."""
-        if self.routing == "token_rounding" and self.training:
+        if self._rounding is not None:
             return route_token_rounding(logits, self.num_experts_per_tok, tile_m=self.tile_m, rule=self.rule)
         return route_topk(logits, self.num_experts_per_tok, scoring=self.scoring, renormalize=self.renormalize)
 
@@ -128,6 +128,11 @@ class MoE(nn.Module):
         )
         return o, load_balancing_loss(logits, routing, self.num_experts_per_tok)
 
+    @property
+    def _rounding(self) -> tuple[int, str] | None:
+        """tile_m and rule, where tokens are rounded: in training."""
+        return (self.tile_m, self.rule) if self.routing == "token_rounding" and self.training else None
+
     def _as_one(self, x: Tensor) -> tuple[Weights, Kind] | None:
         """What `layer.run` needs, if this layer can be run as one, and None if it must be step by step."""
         by_itself = type(self).route is MoE.route and "route" not in self.__dict__
@@ -142,9 +147,8 @@ class MoE(nn.Module):
         weights = Weights(weight, w1, w2, self.b1, self.b2)
         if layer.is_seen(router, x, weights):
             return None
-        rounding = (self.tile_m, self.rule) if self.routing == "token_rounding" and self.training else None
         form = (str(self.activation), self.w1_layout, self.backend)
-        settings = Settings(self.num_experts_per_tok, *form, self.scoring, self.renormalize, rounding)
+        settings = Settings(self.num_experts_per_tok, *form, self.scoring, self.renormalize, self._rounding)
         kind = layer.kind_of(settings, x, weights, torch.is_grad_enabled())
         return None if kind is None else (weights, kind)
 
@@ -153,10 +157,10 @@ class MoE(nn.Module):
         cast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
-        rounds = self.routing == "token_rounding" and self.training
-        per_token, scoring = (None, None) if rounds else (self.num_experts_per_tok, self.scoring)
-        training, act = torch.is_grad_enabled(), str(self.activation)
-        ops.compile_layer(x.device.index, sizes, dtype, act, self.w1_layout, biases, per_token, training, scoring)
+        k, training, act = self.num_experts_per_tok, torch.is_grad_enabled(), str(self.activation)
+        router = ops.Router(k, self.scoring, self.renormalize, self._rounding)
+        per_token = k if router.rounding is None else None
+        ops.compile_layer(x.device.index, sizes, dtype, act, self.w1_layout, biases, per_token, training, router)
 
     def extra_repr(self) -> str:
         return (

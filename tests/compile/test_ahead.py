@@ -133,7 +133,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 )
 @pytest.mark.parametrize("add_bias", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("routing", ["topk", "token_rounding"])
+@pytest.mark.parametrize("routing", ["topk", "topk, renormalized", "token_rounding"])
 def test_what_is_compiled_ahead_is_what_a_layer_launches(
     launched: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -145,9 +145,12 @@ def test_what_is_compiled_ahead_is_what_a_layer_launches(
 ) -> None:
     asked: dict[Any, None] = {}
     monkeypatch.setattr(layer_kernels, "compile_ahead", lambda specs: asked.update(dict.fromkeys(specs)))
-    moe = sonicmoe.MoE(
-        E, K, H, I, activation, add_bias, routing=routing, w1_layout=w1_layout, tile_m=4, dtype=torch.bfloat16
-    )
+    how = {
+        "topk": {"scoring": "sigmoid"},
+        "topk, renormalized": {"scoring": "softmax_topk", "renormalize": True},
+        "token_rounding": {"routing": "token_rounding", "tile_m": 4, "rule": "up"},
+    }[routing]
+    moe = sonicmoe.MoE(E, K, H, I, activation, add_bias, w1_layout=w1_layout, dtype=torch.bfloat16, **how)
     x = torch.randn(T, H, dtype=torch.bfloat16, requires_grad=True)
     with torch.set_grad_enabled(training):
         o, loss = moe(x)
@@ -156,10 +159,8 @@ def test_what_is_compiled_ahead_is_what_a_layer_launches(
     of_experts = {s for s in launched if _is_gemm(s)}
     assert of_experts == {s for s in asked if _is_gemm(s)}
     rest = {s for s in launched if not _is_gemm(s)} - set(asked)
-    # The biases' own sums are quick to compile; token rounding has kernels of its own in top-K's place.
-    others = {"token_rounding", "token_rounding_backward", "balance", "balance_backward"}
-    allowed = {"bias_grad"} | (others if routing == "token_rounding" else set())
-    assert {s.name.removesuffix("_sm_90a") for s in rest} <= allowed
+    # The biases' own sums are quick to compile.
+    assert {s.name.removesuffix("_sm_90a") for s in rest} <= {"bias_grad"}
     assert set(asked) <= set(launched)
 
 

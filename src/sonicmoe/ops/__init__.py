@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe.ops._op import bodies, is_traced, is_watched
 from sonicmoe.ops.aggregate import aggregate
-from sonicmoe.ops.ahead import compile_layer
+from sonicmoe.ops.ahead import Router, compile_layer
 from sonicmoe.ops.balance import load_balance, load_balance_backward, load_balance_has_kernel
 from sonicmoe.ops.bias_grad import bias_grad
 from sonicmoe.ops.down_dgrad import down_dgrad
@@ -21,6 +21,7 @@ from sonicmoe.ops.up_proj import up_proj
 from sonicmoe.ops.up_wgrad import up_wgrad, up_wgrad_add_
 
 __all__ = [
+    "Router",
     "aggregate",
     "bias_grad",
     "bodies",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,12 +12,22 @@ from sonicmoe.cute_kernels.aggregate import AggregateSpec
 from sonicmoe.cute_kernels.balance import BalanceBackwardSpec, BalanceSpec
 from sonicmoe.cute_kernels.bias_dot import BiasDotSpec
 from sonicmoe.cute_kernels.plan import PlanSpec
+from sonicmoe.cute_kernels.rounding import RoundingBackwardSpec, RoundingSpec
 from sonicmoe.cute_kernels.topk import TopKBackwardSpec, TopKSpec
 from sonicmoe.cute_kernels.variants import GemmSpec
 from sonicmoe.jit.ahead import compile_ahead
 from sonicmoe.jit.spec import Spec
 from sonicmoe.ops._cute import NAMES
 from sonicmoe.ops._gemm import spec_of
+
+
+class Router(NamedTuple):
+    """How a layer routes: as `route_topk` without bias, groups or scale, or by token rounding."""
+
+    k: int
+    scoring: str
+    renormalize: bool
+    rounding: tuple[int, str] | None  # tile_m and rule
 
 
 @cache
@@ -30,17 +40,17 @@ def compile_layer(
     biases: tuple[bool, bool],
     per_token: int | None,
     training: bool,
-    scoring: str | None = None,
+    router: Router | None = None,
 ) -> None:
     """Have a layer's kernels compiled, once in a process; returns at once.
 
     sizes: E, H, I. biases: whether there are b1 and b2. per_token: slots of each token, None for a variable number.
-    scoring: also the kernels of `route_topk` and `load_balancing_loss`. Raises InvalidArgument if no kernel fits.
+    router: also its kernels, and those of the load balancing loss. Raises InvalidArgument if no kernel fits.
     """
     name = NAMES.get(dtype, "")
     if name in ("bf16", "fp16"):
         act = Activation.parse(activation)
-        routing = router_specs(sizes[0], per_token, name, scoring, training) if scoring and per_token else []
+        routing = router_specs(sizes[0], name, router, training) if router else []
         compile_ahead([*routing, *expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)])
 
 
@@ -84,15 +94,18 @@ def expert_specs(
     ]
 
 
-def router_specs(experts: int, k: int, dtype: str, scoring: str, training: bool) -> list[Spec]:
-    """Of `route_topk` without bias, groups or scale, and of `load_balancing_loss`."""
-    forward: list[Spec] = [
-        TopKSpec(experts, k, dtype, scoring, False, 1.0, False, 1, 1),
-        PlanSpec(experts, k, "i32"),
-        BalanceSpec(experts, k, dtype),
-    ]
-    backward: list[Spec] = [
-        TopKBackwardSpec(experts, k, dtype, scoring, False, 1.0),
-        BalanceBackwardSpec(experts, k, dtype),
-    ]
+def router_specs(experts: int, dtype: str, router: Router, training: bool) -> list[Spec]:
+    """Of the routing and of `load_balancing_loss`."""
+    k, scoring, renormalize, rounding = router
+    forward: list[Spec]
+    backward: list[Spec]
+    if rounding is None:
+        form = (scoring, renormalize, 1.0)
+        forward = [TopKSpec(experts, k, dtype, *form, False, 1, 1), PlanSpec(experts, k, "i32")]
+        backward = [TopKBackwardSpec(experts, k, dtype, *form)]
+    else:
+        tile_m, rule = rounding
+        forward, backward = [RoundingSpec(experts, k, dtype, rule, tile_m)], [RoundingBackwardSpec(experts, dtype)]
+    forward.append(BalanceSpec(experts, k, dtype))
+    backward.append(BalanceBackwardSpec(experts, k, dtype))
     return forward + backward if training else forward
