@@ -17,7 +17,11 @@ GPU_JOBS ?= 1
 DEMO ?=
 TESTS ?= tests
 PERF ?= main --what kernels
-SANITIZER ?= compute-sanitizer --tool memcheck --error-exitcode 1
+SANITIZER ?= compute-sanitizer --error-exitcode 1
+TOOLS ?= memcheck synccheck racecheck
+# Small tests that launch every kernel: all GPU tests under one tool would take hours.
+SANITIZE ?= two_runs or one_k_step or odd_number_of_m or halves_apart or dtypes_and_biases or ties_zeros or \
+  another_layout or public_function or without_slots or writes_nothing_else
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 ifeq ($(VENV),)
@@ -66,8 +70,10 @@ compile: $(READY)  ## cross-compile every kernel for sm_90a and compare its reso
 gpu-test: $(READY)  ## the tests that need a Hopper GPU
 	$(GPU_TEST)
 
-sanitize: $(READY)  ## the GPU tests under compute-sanitizer, without torch's caching of memory
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) $(GPU_TEST)
+sanitize: $(READY)  ## small GPU tests under compute-sanitizer's TOOLS, without torch's caching of memory
+	for tool in $(TOOLS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_TEST) -k "$(SANITIZE)" || exit 1; \
+	done
 
 perf: $(READY)  ## measure on this GPU, PERF='7b --what both' say what; then tables and plots
 	$(PY) -m perf.run $(PERF)

@@ -169,3 +169,17 @@ def test_examples_of_the_readme_run() -> None:
         exec(compile(block, "README.md", "exec"), names)
         names["x"] = x.reshape(15, 16)
     assert names["o"].shape == (15, 16)
+
+
+def test_what_is_sanitized_launches_every_kernel() -> None:
+    pytest.importorskip("cutlass")
+    text = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    chosen = re.search(r"^SANITIZE \?= (.*)$", text, re.MULTILINE)
+    assert chosen
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-q", "-k", chosen[1]]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+    for variant in ("up_proj", "down_proj", "down_dgrad", "up_dgrad", "down_wgrad", "up_wgrad", "down_wgrad_add"):
+        assert f"test_one_k_step_and_one_chunk_of_columns[{variant}]" in found
+    for of in ("aggregate", "balance", "plan", "topk", "token_rounding", "layer.py::test_dtypes_and_biases"):
+        assert f"tests/gpu/test_{of}" in found
+    assert 30 < found.count("::") < 60, "few enough for three tools in minutes"
