@@ -37,13 +37,10 @@ class Weights(NamedTuple):
 class Settings(NamedTuple):
     """Attributes of a `MoE`, as they are at a call."""
 
-    k: int
+    router: ops.Router
     activation: str
     w1_layout: str
     backend: str
-    scoring: str
-    renormalize: bool
-    rounding: tuple[int, str] | None  # tile_m and rule
 
 
 class Kind(NamedTuple):
@@ -60,8 +57,7 @@ _OF_EXPERTS = len(Kept._fields)
 def is_seen(router: nn.Linear, x: Tensor, weights: Weights) -> bool:
     """Whether somebody looks at what happens between x and o, or changes it: a hook of the router, a mode, a trace."""
     return (
-        router._parameters.get("bias") is not None
-        or bool(router._forward_hooks or router._forward_pre_hooks or router._backward_hooks)
+        bool(router._forward_hooks or router._forward_pre_hooks or router._backward_hooks)
         or bool(router._backward_pre_hooks or nn.modules.module._has_any_global_hook())
         or "forward" in router.__dict__
         or torch._C._len_torch_function_stack() > 0
@@ -86,7 +82,7 @@ def kind_of(settings: Settings, x: Tensor, weights: Weights, training: bool) -> 
 
 def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) -> Kind | None:
     router, w1, w2, b1, b2 = weights
-    k, activation, w1_layout, backend, scoring, renormalize, rounding = settings
+    (k, scoring, renormalize, rounding), activation, w1_layout, backend = settings
     gated = Activation.parse(activation).gated
     check_layout(w1_layout, gated)
     check_tensors(x, w1, w2, b1, b2, gated)
@@ -101,8 +97,8 @@ def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) ->
     if not route.has_kernels(logits) or not ops.load_balance_has_kernel(logits):
         return None
     biases, per_token = (b1 is not None, b2 is not None), k if rounding is None else None
-    sizes, asked = (experts, hidden, inter), ops.Router(k, scoring, renormalize, rounding)
-    ops.compile_layer(x.device.index, sizes, x.dtype, activation, w1_layout, biases, per_token, training, asked)
+    form, sizes = (x.dtype, activation, w1_layout), (experts, hidden, inter)
+    ops.compile_layer(x.device.index, sizes, *form, biases, per_token, training, settings.router)
     return Kind(route, Form(activation, w1_layout, "cute"))
 
 

@@ -101,9 +101,10 @@ class MoE(nn.Module):
 
     def route(self, logits: Tensor) -> Routing:
         """The routing of logits (T, E): token rounding while training, if asked for, else top-K."""
-        if self._rounding is not None:
-            return route_token_rounding(logits, self.num_experts_per_tok, tile_m=self.tile_m, rule=self.rule)
-        return route_topk(logits, self.num_experts_per_tok, scoring=self.scoring, renormalize=self.renormalize)
+        k, scoring, renormalize, rounding = self._routed
+        if rounding is not None:
+            return route_token_rounding(logits, k, tile_m=self.tile_m, rule=self.rule)
+        return route_topk(logits, k, scoring=scoring, renormalize=renormalize)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., H) -> o, of x's shape and dtype, and the load balancing loss, a scalar in fp32 (unscaled)."""
@@ -129,9 +130,10 @@ class MoE(nn.Module):
         return o, load_balancing_loss(logits, routing, self.num_experts_per_tok)
 
     @property
-    def _rounding(self) -> tuple[int, str] | None:
-        """tile_m and rule, where tokens are rounded: in training."""
-        return (self.tile_m, self.rule) if self.routing == "token_rounding" and self.training else None
+    def _routed(self) -> ops.Router:
+        """How `route` does it now: tokens are rounded in training."""
+        rounding = (self.tile_m, self.rule) if self.routing == "token_rounding" and self.training else None
+        return ops.Router(self.num_experts_per_tok, self.scoring, self.renormalize, rounding)
 
     def _as_one(self, x: Tensor) -> tuple[Weights, Kind] | None:
         """What `layer.run` needs, if this layer can be run as one, and None if it must be step by step."""
@@ -142,13 +144,12 @@ class MoE(nn.Module):
             return None
         # Not self.w1, which nn.Module finds last. A parametrized one, which is computed at each call, is not there.
         weight, w1, w2 = router._parameters.get("weight"), own.get("w1"), own.get("w2")
-        if weight is None or w1 is None or w2 is None:
+        if weight is None or w1 is None or w2 is None or router._parameters.get("bias") is not None:
             return None
         weights = Weights(weight, w1, w2, self.b1, self.b2)
         if layer.is_seen(router, x, weights):
             return None
-        form = (str(self.activation), self.w1_layout, self.backend)
-        settings = Settings(self.num_experts_per_tok, *form, self.scoring, self.renormalize, self._rounding)
+        settings = Settings(self._routed, str(self.activation), self.w1_layout, self.backend)
         kind = layer.kind_of(settings, x, weights, torch.is_grad_enabled())
         return None if kind is None else (weights, kind)
 
@@ -157,9 +158,8 @@ class MoE(nn.Module):
         cast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
-        k, training, act = self.num_experts_per_tok, torch.is_grad_enabled(), str(self.activation)
-        router = ops.Router(k, self.scoring, self.renormalize, self._rounding)
-        per_token = k if router.rounding is None else None
+        training, act, router = torch.is_grad_enabled(), str(self.activation), self._routed
+        per_token = router.k if router.rounding is None else None
         ops.compile_layer(x.device.index, sizes, dtype, act, self.w1_layout, biases, per_token, training, router)
 
     def extra_repr(self) -> str:

@@ -63,8 +63,6 @@ class TileConfig:
             return f"unknown schedule {self.schedule}"
         if self.schedule == "pingpong" and reduces_rows:
             return "ping-pong needs the same number of k steps in every tile"
-        if self.schedule == "pingpong" and variant == "down_dgrad":
-            return "ping-pong would let a warpgroup wait two laps ahead of the ring, on steps that bring the other's h"
         if self.cluster not in (1, 2) or self.cluster > 1 and self.tile_n % (64 * self.cluster):
             return "cluster must be 1 or 2, and leave each CTA whole 64-column panels of B"
         if self.cluster > 1 and not reduces_rows:
@@ -77,14 +75,13 @@ class TileConfig:
         plain = variant in ("down_proj", "up_dgrad") or reduces_rows
         if self.accumulators > (ACCUMULATORS_PLAIN_STORE if plain else ACCUMULATORS):
             return f"{self.accumulators} accumulators per thread do not fit beside the epilogue"
-        if variant == "down_dgrad" and CONSUMERS * (halves - self.tile_n // 64 // CONSUMERS) > self.tile_m // 64:
-            return "a stage has no room for h of both warpgroups' sub-tiles"
-        if self.buffers == 0 and variant in RING_VARIANTS:
-            boxes = outs + (halves if variant == "down_dgrad" else 0)
-            room = self.tile_n // 64 // CONSUMERS + self.tile_m // 64 // CONSUMERS
-            if self.schedule != "cooperative" or boxes > room:
-                return f"a stage has no room for {boxes} outputs of both warpgroups' sub-tiles"
-        elif self.buffers < outs:
+        all_in_ring = variant in RING_VARIANTS and self.buffers == 0
+        in_ring = (halves if variant == "down_dgrad" else 0) + (outs if all_in_ring else 0)
+        if in_ring and self.schedule == "pingpong":
+            return "ping-pong would let a warpgroup wait two laps ahead of the ring, on steps that are the other's"
+        if in_ring > self.tile_n // 64 // CONSUMERS + self.tile_m // 64 // CONSUMERS:
+            return f"a stage has no room for {in_ring} boxes of each warpgroup"
+        if self.buffers < outs and not all_in_ring:
             return f"a sub-tile needs {outs} epilogue buffers"
         if self.stages < 2:
             return "two stages are the least"

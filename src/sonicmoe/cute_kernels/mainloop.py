@@ -93,7 +93,8 @@ class Mainloop:
         late: Late,
     ):  # fmt: skip
         """One consumer warpgroup: one tile's products. Each k step releases the stage of the step before it, whose
-        products are then complete. Returns the step after the last."""
+        products are then complete; the first one `late`'s, which there is only where every tile has a k step. Returns
+        the step after the last."""
         blocks = const_expr(cute.size(fragments[1], mode=[2]))
         k_steps = tile.k_steps
         self.schedule.wait_turn(consumer)
@@ -125,15 +126,11 @@ class Mainloop:
                 if k_steps > 0:
                     warpgroup.wait_group(1)
                     self.ring.release(bars, step - 1)
-                else:
-                    late.release(bars, step)
                 step += 1
         self.schedule.pass_turn(consumer)
         warpgroup.wait_group(0)
         if tile.k_steps > 0:
             self.ring.release(bars, step - 1)
-        else:
-            late.release(bars, step)
         return step
 
     def arrived(self, bars: RingBarriers, step: Uint32) -> Int32:

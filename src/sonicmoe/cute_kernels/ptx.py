@@ -5,6 +5,8 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 
 WARPGROUP = 128
+# A fractional evict-first policy over all of an access, encoded as createpolicy would.
+EVICT_FIRST = 0x12F0000000000000
 
 
 @cute.jit

@@ -21,7 +21,6 @@ CONSUMERS = 2
 class Cooperative:
     """Both consumer warpgroups share a tile, half of its rows each."""
 
-    name = "cooperative"
     stage_readers = CONSUMERS  # warpgroups that read a stage
     turns = 1  # tiles of the CTA between two tiles of a warpgroup
 
@@ -49,7 +48,6 @@ class Cooperative:
 class PingPong:
     """Each consumer warpgroup owns a whole tile; one multiplies while the other is in its epilogue."""
 
-    name = "pingpong"
     stage_readers = 1
     turns = CONSUMERS
 

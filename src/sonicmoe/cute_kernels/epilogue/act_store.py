@@ -6,12 +6,12 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import BFloat16, Int32
 
-from ..copies import ragged_rows, ragged_start
+from ..copies import ragged_rows
 from ..groups import Tile
 from ..operands import TmaTensor
 from ..ptx import pack
 from . import math
-from .base import RingEpilogue, clamped_rows
+from .base import RingEpilogue, box_of_rows
 from .bias import column_bias
 from .driver import BOX, Lane, registers_of, tma_store
 
@@ -24,7 +24,6 @@ class ActStoreArgs(NamedTuple):
 
 class ActStoreState(NamedTuple):
     first_block: Int32
-    column: Int32
     biases: tuple  # one function per half
 
 
@@ -52,7 +51,7 @@ class ActStore(RingEpilogue):
     def open(self, args: ActStoreArgs, tile: Tile, lane: Lane, first_block) -> ActStoreState:
         column = tile.n * self.half_columns
         biases = tuple(self.half_bias(args.bias, half, tile.group, column, lane) for half in range(self.halves))
-        return ActStoreState(first_block, column, biases)
+        return ActStoreState(first_block, biases)
 
     def half_bias(self, bias, half: int, group: Int32, column: Int32, lane: Lane):
         if bias is not None and self.halves > 1:
@@ -80,10 +79,9 @@ class ActStore(RingEpilogue):
         return (*kept, a) if self.keep_h else (a,)
 
     def targets(self, args: ActStoreArgs, state: ActStoreState, tile: Tile, mb: int, nb: int):
-        rows = clamped_rows(tile, state.first_block + mb)
-        first = tile.row + (state.first_block + mb) * BOX
-        column = state.column + nb * BOX
-        out = []
-        if self.keep_h:
-            out += [(args.h, ragged_start(first, rows, column, half), rows > 0) for half in range(self.halves)]
-        return (*out, (args.a, ragged_start(first, rows, column, 0), rows > 0))
+        block, column = state.first_block + mb, tile.n * self.half_columns + nb * BOX
+        kept = range(self.halves) if self.keep_h else ()
+        return (
+            *(box_of_rows(args.h, tile, block, column, half) for half in kept),
+            box_of_rows(args.a, tile, block, column),
+        )

@@ -6,7 +6,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ..groups import Tile
+from ..copies import ragged_start
+from ..groups import Tile, ceil_div
+from ..operands import TmaTensor
 from ..pipelines import Feed
 from ..ptx import stmatrix_x4
 from .driver import BOX, Buffers, Lane, Place, barrier, box_layout, store_box, wait_stores
@@ -101,9 +103,10 @@ class Epilogue:
         wait_stores(0)
 
 
-def clamped_rows(tile: Tile, block: Int32) -> Int32:
-    """Rows of the group from a 64-row block on (may be zero or negative)."""
-    return tile.rows - block * BOX
+def box_of_rows(target: TmaTensor, tile: Tile, block: Int32, column: Int32, half: int = 0):
+    """What `targets` gives for a 64-row block of a tile, in a ragged view. It may lie past the group's rows."""
+    rows = tile.rows - block * BOX
+    return target, ragged_start(tile.row + block * BOX, rows, column, half), rows > 0
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,11 @@ class RingEpilogue(Epilogue):
         """Sub-tiles of a warpgroup in a stage: the fewest that make the fewest steps"""
         count = self.blocks * self.subtiles
         room = sum(boxes // self.sharers for boxes in self.boxes)
-        return -(-count // -(-count // (room // self.in_ring)))
+        return ceil_div(count, ceil_div(count, room // self.in_ring))
 
     @property
     def ring_steps(self) -> int:
-        return -(-self.blocks * self.subtiles // self.per_step) if self.in_ring else 0
+        return ceil_div(self.blocks * self.subtiles, self.per_step) if self.in_ring else 0
 
     @property
     def buffers(self) -> Buffers:

@@ -1,7 +1,7 @@
 """DActReduce: the activation's backward, with p = the accumulators (the gradient of a before its score).
 
 Reads h; with a = act(h) and s = the row's score it stores dh = act'(h) * s * p and a_s = s * a, and writes for each row
-and warpgroup column block the sum of p * a: its part of dscore.
+of a tile the sum of p * a: its part of dscore.
 
 h comes through the ring, in steps that follow the tile's k steps, so it is under way while the last products run. dh
 takes its place in the stage, and a_s what is left of it, or buffers where that is too little.
@@ -14,21 +14,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from ..copies import halved_rows, ragged_rows, ragged_start
+from ..copies import halved_rows, ragged_rows
 from ..groups import Tile
 from ..operands import TmaTensor
 from ..ptx import ldmatrix_x4, pack, unpack
 from . import math
-from .base import RingEpilogue
-from .driver import (
-    BOX,
-    BUFFER_BYTES,
-    Lane,
-    load_box,
-    registers_of,
-    tma_load,
-    tma_store,
-)
+from .base import RingEpilogue, box_of_rows
+from .driver import BOX, BUFFER_BYTES, Lane, load_box, registers_of, tma_load, tma_store
 
 
 class DActReduceArgs(NamedTuple):
@@ -41,10 +33,7 @@ class DActReduceArgs(NamedTuple):
 
 
 class DActReduceState(NamedTuple):
-    row: Int32
-    rows: Int32
-    column: Int32
-    part: Int32
+    first_block: Int32
     scores: list  # [block][row index]
     sums: list  # of the block at hand, by row index; replaced while tracing
     ahead: list  # registers of h loaded for the next quarter, while tracing
@@ -78,11 +67,6 @@ class DActReduce(RingEpilogue):
     def ring_bytes(self) -> int:
         return self.sharers * self.halves * BUFFER_BYTES
 
-    @property
-    def parts(self) -> int:
-        """Columns of the parts tensor"""
-        return -(-self.n // (self.subtiles * BOX))
-
     def describe(self, tensors) -> DActReduceArgs:
         h, dh, a_s, scores, row_slot, parts = tensors
         return DActReduceArgs(
@@ -115,15 +99,7 @@ class DActReduce(RingEpilogue):
         for mb in range(self.blocks):
             rows = [cutlass.min((first_block + mb) * BOX + 8 * r + lane.row, tile.rows - 1) for r in range(2)]
             scores.append([args.scores[args.row_slot[tile.row + row]] for row in rows])
-        return DActReduceState(
-            tile.row + first_block * BOX,
-            tile.rows - first_block * BOX,
-            tile.n * self.columns,
-            tile.n,
-            scores,
-            [Float32(0.0), Float32(0.0)],
-            [],
-        )
+        return DActReduceState(first_block, scores, [Float32(0.0), Float32(0.0)], [])
 
     def h_registers(self, lane: Lane, fed, q: int):
         places = self.ring_places(fed, lane.consumer, range(self.halves))
@@ -153,11 +129,11 @@ class DActReduce(RingEpilogue):
         return (*dh, a_s)
 
     def targets(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, mb: int, nb: int):
-        rows = state.rows - mb * BOX
-        first = state.row + mb * BOX
-        column = state.column + nb * BOX
-        out = [(args.dh, ragged_start(first, rows, column, half), rows > 0) for half in range(self.halves)]
-        return (*out, (args.a_s, ragged_start(first, rows, column, 0), rows > 0))
+        block, column = state.first_block + mb, tile.n * self.columns + nb * BOX
+        return (
+            *(box_of_rows(args.dh, tile, block, column, half) for half in range(self.halves)),
+            box_of_rows(args.a_s, tile, block, column),
+        )
 
     def finish_block(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, lane: Lane, mb: int):
         for r in range(2):
@@ -165,10 +141,10 @@ class DActReduce(RingEpilogue):
             for distance in (1, 2):
                 total = total + cute.arch.shuffle_sync_bfly(total, distance)
             state.sums[r] = Float32(0.0)
-            self.write_part(args, state, lane, mb * BOX + 8 * r + lane.row, total)
+            self.write_part(args, tile, lane, (state.first_block + mb) * BOX + 8 * r + lane.row, total)
 
     @cute.jit
-    def write_part(self, args: DActReduceArgs, state: DActReduceState, lane: Lane, row: Int32, total: Float32):
+    def write_part(self, args: DActReduceArgs, tile: Tile, lane: Lane, row: Int32, total: Float32):
         if lane.lane % 4 == 0:
-            if (row < state.rows) & (state.part < self.parts):
-                args.parts[state.row + row, state.part] = total
+            if row < tile.rows:
+                args.parts[tile.row + row, tile.n] = total

@@ -18,7 +18,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from ..copies import box_at, partition
 from ..operands import TmaTensor, smem_tensor
-from ..ptx import WARPGROUP
+from ..ptx import EVICT_FIRST, WARPGROUP
 from ..scheduler import EPILOGUE_BARRIER
 
 BOX = 64
@@ -134,13 +134,12 @@ class Place:
         return self.smem.toint() + self.box * BUFFER_BYTES
 
 
-# What an epilogue stores is larger than the L2 cache and not read soon: it should not displace gathered rows.
-EVICT_FIRST = 0x12F0000000000000
-
-
 @cute.jit
 def store_box(target: TmaTensor, place: Place, start):
-    """One warp: a box of shared memory -> the box of `target` at the coordinates `start`. The caller commits."""
+    """One warp: a box of shared memory -> the box of `target` at the coordinates `start`. The caller commits.
+
+    What an epilogue stores is larger than the L2 cache and not read soon: it should not displace gathered rows.
+    """
     s, g = partition(target.atom, smem_tensor(place.smem, place.layout), box_at(target.view, (BOX, BOX), start))
     cute.copy(target.atom, s[None, place.box], g, cache_policy=Int64(EVICT_FIRST))
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ..copies import grouped_weight, ragged_rows, ragged_start
+from ..copies import grouped_weight, ragged_rows
 from ..groups import Tile
 from ..operands import TmaTensor
 from ..ptx import pack
-from .base import Epilogue, clamped_rows
+from .base import Epilogue, box_of_rows
 from .bias import column_bias
 from .driver import BOX, Lane, registers_of, tma_store
 
@@ -22,7 +22,6 @@ class StoreArgs(NamedTuple):
 
 class StoreState(NamedTuple):
     first_block: Int32
-    column: Int32  # first of the warpgroup's columns, within its half
     bias: object
 
 
@@ -41,7 +40,7 @@ class StoreRows(Epilogue):
 
     def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block) -> StoreState:
         column = tile.n * self.columns
-        return StoreState(first_block, column, column_bias(args.bias, tile.group, column, lane, self.n))
+        return StoreState(first_block, column_bias(args.bias, tile.group, column, lane, self.n))
 
     def visit(self, args, state: StoreState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
         def element(r, j, lo, hi):
@@ -51,9 +50,7 @@ class StoreRows(Epilogue):
         return (registers_of(acc, nb * (BOX // 8) + 2 * q, element),)
 
     def targets(self, args: StoreArgs, state: StoreState, tile: Tile, mb: int, nb: int):
-        rows = clamped_rows(tile, state.first_block + mb)
-        first = tile.row + (state.first_block + mb) * BOX
-        return ((args.target, ragged_start(first, rows, state.column + nb * BOX, 0), rows > 0),)
+        return (box_of_rows(args.target, tile, state.first_block + mb, tile.n * self.columns + nb * BOX),)
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,14 @@ class StoreWeight(Epilogue):
         return StoreArgs(tma_store(view, self.dtype), None)
 
     def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block) -> StoreState:
-        return StoreState(first_block, tile.n * self.columns, None)
+        return StoreState(first_block, None)
 
     def visit(self, args, state: StoreState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
         return (registers_of(acc, nb * (BOX // 8) + 2 * q, lambda r, j, lo, hi: pack(self.dtype, lo, hi)),)
 
     def targets(self, args: StoreArgs, state: StoreState, tile: Tile, mb: int, nb: int):
         row = tile.m * self.rows + (state.first_block + mb) * BOX
-        column = state.column + nb * BOX
+        column = tile.n * self.columns + nb * BOX
         start = (column, row) if self.transpose else (row, column)
         return ((args.target, start + (tile.half, tile.group), True),)
 

@@ -6,12 +6,10 @@ Addresses are 64-bit integers, so that no offset wraps; a chunk is four 32-bit r
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64
 
-from ..ptx import pack, unpack
+from ..ptx import EVICT_FIRST, pack, unpack
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 CHUNK = 16  # bytes
-# The encoding of a fractional evict-first policy over all of an access, as createpolicy would give it.
-EVICT_FIRST = 0x12F0000000000000
 
 
 def address(t: cute.Tensor, index, row_bytes: int) -> Int64:
