@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from sonicmoe.activations import Activation
 from sonicmoe.configs.choice import SPEEDS, candidates, family
 from sonicmoe.configs.tile import TileConfig
 from sonicmoe.cute_kernels.aggregate import AggregateSpec
-from sonicmoe.cute_kernels.variants import GemmSpec
+from sonicmoe.cute_kernels.variants import GemmSpec, outputs
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.jit import aot, compile, inspect
 
@@ -54,6 +55,21 @@ def test_resources_of_a_gemm() -> None:
     assert found.opcodes["UTMALDG"] > 0 and found.opcodes["UTMASTG"] > 0 and "LDGSTS" not in found.opcodes
     assert found.setmaxnreg == (24, 240) and found.registers == 168
     assert found.faults() == []
+
+
+@pytest.mark.parametrize("variant", ["up_proj", "down_dgrad", "down_wgrad", "up_wgrad"])
+def test_no_wide_multiply_add_in_a_gathers_loop(variant: str) -> None:
+    """Eight a k step would cost the products 3 to 6%: docs/notes/2026-11-24-gathers.md. One finds a step's indices."""
+    halves, act = (2, Activation("swiglu")) if variant in ("up_proj", "down_dgrad") else (1, None)
+    tile = candidates(variant, 8, 256, outputs(variant, halves, True), halves)[0]
+    spec = GemmSpec(variant, 8, 256, 1536, "bf16", tile, halves, act=act)
+    lines = inspect.disassembled(compile.compile_for_inspection(spec))[1].splitlines()
+    gathers = [i for i, line in enumerate(lines) if "LDGSTS.E.BYPASS" in line]
+    begin = max(i for i in range(gathers[0]) if "TRYWAIT" in lines[i])
+    end = min(i for i in range(gathers[-1], len(lines)) if "ARRIVES.LDGSTSBAR" in lines[i])
+    loop = lines[begin:end]
+    assert len(gathers) == 8 and any("UTMALDG" in line for line in loop)
+    assert sum("IMAD.WIDE" in line for line in loop) <= ("wgrad" in variant), "\n".join(loop)
 
 
 @pytest.mark.parametrize(

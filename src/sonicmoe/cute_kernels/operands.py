@@ -19,7 +19,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from .copies import RAGGED, grouped_weight, halved_rows, partition, ragged_rows, transposed
 from .groups import Tile, ceil_div
-from .ptx import cp_async_16, cp_async_16_or_zero
+from .ptx import cp_async_16, cp_async_16_or_zero, cp_async_chunk_or_zero
 
 CHUNK = 8  # 16-bit elements of a 16-byte copy
 ATOM = 64  # elements of the 128 bytes that the swizzle repeats over
@@ -227,7 +227,6 @@ class GatherColumns(Source):
         panel = (chunk // 8) * (ATOM * self.tile_k * 2)
         destination = smem.toint() + panel + row0 * 128 + (((chunk % 8) ^ row0) * 16)
         base = args.source.iterator.toint() + Int64(tile.m * (self.extent * 2) + chunk * 16)
-        stride = Int64(args.source.stride[0]) * 2
         fetched = 2 * warp + (lane % 2) + 8 * ((lane % 16) // 2)
         column = tile.m * self.extent + chunk * CHUNK
 
@@ -241,15 +240,16 @@ class GatherColumns(Source):
         @cute.jit
         def gather(k: Int32, stage: Int32, carry: Int32):
             ahead = index(k + 1)
+            of_row = carry * (self.m // CHUNK)  # the row's first chunk, as an unsigned number
             rows = tile.rows - k * self.tile_k
             to = destination + stage * self.bytes
             for i in cutlass.range_constexpr(self.tile_k // 8):
-                token = cute.arch.shuffle_sync(carry, 2 * i + lane // 16)
+                first = cute.arch.shuffle_sync(of_row, 2 * i + lane // 16)
                 inside = row0 + 8 * i < rows
                 # Of an odd number of m tiles a cluster takes one more, past the end.
                 if cutlass.const_expr(self.m % (2 * self.extent) != 0):
                     inside = inside & (column < self.m)
-                cp_async_16_or_zero(to, base + Int64(token) * stride, inside, i * 8 * 128)
+                cp_async_chunk_or_zero(to, base, first, inside, i * 8 * 128)
             return ahead
 
         return Load(no_bulk, gather, index(Int32(0)))

@@ -26,6 +26,22 @@ def cp_async_16_or_zero(smem: Int32, gmem: Int64, valid: cutlass.Boolean, offset
     )
 
 
+@cute.jit
+def cp_async_chunk_or_zero(smem: Int32, gmem: Int64, chunk: Int32, valid: cutlass.Boolean, offset: cutlass.Constexpr):
+    """As cp_async_16_or_zero, `chunk` (unsigned) times 16 bytes further in global memory.
+
+    The address is added up in halves, by shifts that ptxas does not turn back into a 64-bit multiply-add: eight of
+    these a k step cost the products 3 to 6% (docs/notes/2026-11-24-gathers.md).
+    """
+    cute.arch.inline_ptx(
+        "{.reg .b32 lo, hi, by, up; .reg .b64 from;"
+        " mov.b64 {lo, hi}, {$r1}; shf.l.wrap.b32 up, {$r2}, 0, 4; shf.l.wrap.b32 by, 0, {$r2}, 4;"
+        " add.cc.u32 lo, lo, by; addc.u32 hi, hi, up; mov.b64 from, {lo, hi};"
+        " cp.async.cg.shared.global.L2::128B [{$r0}+%d], [from], 16, {$r3};}" % offset,
+        read_only_args=[smem, gmem, chunk, Int32(valid) * 16],
+    )
+
+
 def stmatrix_x4(smem: Int32, r, transpose: bool = False):
     """Four 8x8 matrices of 16-bit values from registers to shared memory; lane i gives row i % 8 of matrix i // 8."""
     cute.arch.inline_ptx(

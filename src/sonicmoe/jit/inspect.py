@@ -51,11 +51,7 @@ class Resources:
 def resources(compiled: Any) -> Resources:
     """Of a function of `compile_for_inspection`. Needs cuobjdump and nvdisasm, of the wheels or on the PATH."""
     ptx = str(compiled.artifacts.PTX or "")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.artifacts.CUBIN)
-        file.flush()
-        usage = _output("cuobjdump", "-res-usage", file.name)
-        sass = _output("nvdisasm", "-c", file.name)
+    usage, sass = disassembled(compiled)
     kernels = [tuple(map(int, k)) for k in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)]
     found = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE))
     return Resources(
@@ -65,6 +61,14 @@ def resources(compiled: Any) -> Resources:
         setmaxnreg=tuple(int(n) for n in re.findall(r"setmaxnreg\.\w+\.\S+\s+(\d+)", ptx)),
         opcodes={name: found[name] for name in OPCODES if found[name]},
     )
+
+
+def disassembled(compiled: Any) -> tuple[str, str]:
+    """(what cuobjdump says of registers and memory, the machine code) of a function of `compile_for_inspection`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.artifacts.CUBIN)
+        file.flush()
+        return _output("cuobjdump", "-res-usage", file.name), _output("nvdisasm", "-c", file.name)
 
 
 def dynamic_shared_memory(compiled: Any) -> int:

@@ -18,6 +18,7 @@ from sonicmoe.cute_kernels.variants import GemmSpec, outputs
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.ops._cute import dtype_name
 
+MAX_GATHERED = 1 << 35  # elements: weight gradients count 16-byte chunks of what they gather in 32 bits
 _forced: dict[str, TileConfig] = {}
 
 
@@ -72,6 +73,12 @@ def spec_of(
 def _kernel(device: int, *what: Any) -> tuple[Callable[..., None], int]:
     """(kernel, CTAs)"""
     return jit.kernel(spec_of(device, *what)), _processors(device)
+
+
+def check_gathered(argument: str, t: Tensor) -> None:
+    """Raises InvalidArgument for more elements than a weight gradient can address."""
+    if t.numel() > MAX_GATHERED:
+        raise InvalidArgument(argument, f"{t.numel()} elements", f"up to {MAX_GATHERED}, 64 GiB")
 
 
 def launch(

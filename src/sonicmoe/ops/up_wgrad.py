@@ -23,6 +23,7 @@ def _launch(variant: str, dw1: Tensor, x: Tensor, dh: Tensor, cu_rows: Tensor, r
     # In the order of concatenated rows, gate and up are one long n axis.
     halves = 2 if layout == "interleaved" else 1
     form = (None, halves == 2, halves)
+    _gemm.check_gathered("x", x)
     _gemm.launch(variant, (x, row_token), dh, (dw1,), cu_rows, dh.shape[1] // halves, x.shape[1], *form)
 
 
