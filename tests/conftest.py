@@ -70,10 +70,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What was skipped and why: the GPU tests in one line, all others by their reasons."""
-    gpu, reasons = 0, Counter[str]()
+    gpu, reasons, no_hopper = 0, Counter[str](), _why_no_hopper()
     for report in terminalreporter.getreports("skipped"):
         # A module that is skipped as a whole leaves a report of its collection, which has no keywords.
-        if "gpu" in getattr(report, "keywords", ()):
+        if no_hopper is not None and "gpu" in getattr(report, "keywords", ()):
             gpu += 1
         else:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -81,4 +81,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"{count} skipped in {reason}")
     if gpu:
-        terminalreporter.write_line(f"{gpu} GPU tests skipped: {_why_no_hopper()}")
+        terminalreporter.write_line(f"{gpu} GPU tests skipped: {no_hopper}")
