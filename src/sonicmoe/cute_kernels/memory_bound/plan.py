@@ -18,7 +18,7 @@ from cutlass import Boolean, Int32, const_expr
 
 from ..groups import ceil_div
 from .access import address, load_chunk
-from .team import WARP, add_shared, count_bits, lanes_below, scan_in_place, shared
+from .team import WARP, change_shared, count_bits, lanes_below, scan_in_place, shared
 
 COUNT_THREADS = 512
 MAX_WARPS = 32
@@ -90,7 +90,7 @@ class Plan:
         cute.arch.sync_threads()
         first, end = self.chunk(ids)
         for slot in cutlass.range(first + tid, end, COUNT_THREADS, unroll=4):
-            add_shared(counters, self.bucket(ids, slot), 1)
+            change_shared("add.s32", counters, self.bucket(ids, slot), 1)
         cute.arch.sync_threads()
         for e in cutlass.range(tid, self.columns, COUNT_THREADS):
             counts[cta, e] = counters[e]
@@ -124,7 +124,7 @@ class Plan:
         first = first + warp * of_warp
         end = cutlass.min(first + of_warp, end)
         for slot in cutlass.range(first + lane, end, WARP, unroll=4):
-            add_shared(counters, warp * self.columns + self.bucket(ids, slot), 1)
+            change_shared("add.s32", counters, warp * self.columns + self.bucket(ids, slot), 1)
         cute.arch.griddepcontrol_wait()
         self.sum_chunks(counts, totals, before, cta, tid)
         cute.arch.sync_threads()
@@ -163,8 +163,8 @@ class Plan:
                     if c < cta:
                         mine[j] += found[j]
             for j in cutlass.range_constexpr(4):
-                add_shared(totals, first + j, total[j])
-                add_shared(before, first + j, mine[j])
+                change_shared("add.s32", totals, first + j, total[j])
+                change_shared("add.s32", before, first + j, mine[j])
 
     @cute.jit
     def rank(self, ids, slot_token, counters, row_token, row_slot, slot_row, first: Int32, end: Int32):

@@ -23,7 +23,7 @@ from ..groups import ceil_div
 from ..ptx import exp2, reciprocal
 from .access import DTYPES, address, load_chunk, reinterpret, store_chunk
 from .logits import LOWEST_KEY, choose, exp, finite, key_of, load_number, number_of, warp_greatest, warp_sum, working
-from .team import WARP, count_bits, lanes_below, shared, transpose_bits
+from .team import WARP, change_shared, count_bits, lanes_below, shared, transpose_bits
 
 CHOSEN = 1 << 30
 ABSENT = -1
@@ -62,14 +62,6 @@ def lowest_bit(mask: Uint32) -> Int32:
 def add_global_int(target: Int64, value: Int32):
     """Atomically add to an Int32 of global memory. The order does not matter."""
     cute.arch.inline_ptx("red.global.add.s32 [{$r0}], {$r1};", read_only_args=[target, value])
-
-
-def change_shared(operation: str, t: cute.Tensor, index: Int32, value: Int32, condition: Boolean):
-    """Atomically change an Int32 of shared memory, where the condition holds. The order does not matter."""
-    cute.arch.inline_ptx(
-        "{.reg .pred p; setp.ne.s32 p, {$r2}, 0; @p red.shared.%s [{$r0}], {$r1};}" % operation,
-        read_only_args=[(t.iterator + index).toint(), value, Int32(condition)],
-    )
 
 
 def exp_for_scores(x: Float32) -> Float32:
@@ -221,7 +213,7 @@ class Choose:
             if token < logits.shape[0]:
                 self.of_token(logits, softmax, masks, least, best, token, t, lane)
         for i in cutlass.range_constexpr(self.row.pieces):
-            change_shared("max.s32", others, i * WARP + lane, best[i], Boolean(True))
+            change_shared("max.s32", others, i * WARP + lane, best[i])
         cute.arch.sync_threads()
         for e in cutlass.range(tid, experts, THREADS):
             weakest = choose(least[e] == ABSENT, Int32(ABSENT), least[e] ^ (CHOSEN - 1))

@@ -24,10 +24,11 @@ def count_bits(mask) -> Int32:
     return Int32(cute.arch.popc(Uint32(mask)))
 
 
-def add_shared(t: cute.Tensor, index, value):
-    """Atomically add to an Int32 of shared memory."""
+def change_shared(operation: str, t: cute.Tensor, index, value, condition=True):
+    """Atomically change an Int32 of shared memory, where the condition holds. The order does not matter."""
     cute.arch.inline_ptx(
-        "red.shared.add.s32 [{$r0}], {$r1};", read_only_args=[(t.iterator + index).toint(), Int32(value)]
+        "{.reg .pred p; setp.ne.s32 p, {$r2}, 0; @p red.shared.%s [{$r0}], {$r1};}" % operation,
+        read_only_args=[(t.iterator + index).toint(), Int32(value), Int32(condition)],
     )
 
 
