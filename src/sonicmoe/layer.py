@@ -1,7 +1,8 @@
 """The layer as one autograd Function, router included: for eager calls by the kernels that nobody looks into.
 
-The launches and sums are those of `MoE.forward` step by step, so every bit of the results is the same. What is saved is
-the host's time: one node of autograd's graph instead of five, and no argument is checked again while it stays the same.
+The launches are those of `MoE.forward` step by step, so every bit of the results is the same, but for x's gradient, to
+which the router's part is added before it is rounded. What is saved is the host's time: one node of autograd's graph
+instead of five, and no argument is checked again while it stays the same.
 """
 
 from __future__ import annotations
@@ -181,7 +182,5 @@ def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor
     if dlogits is not None and needs_router:
         drouter = dlogits.t().mm(kept.x)
     if dlogits is not None and needs_x:
-        # Rounded before they are added, as where each is a node of its own.
-        by_router = dlogits.mm(router)
-        dx = by_router if dx is None else dx.add_(by_router)
+        dx = dlogits.mm(router) if dx is None else dx.addmm_(dlogits, router)
     return dx if flat or dx is None else dx.view(ctx.shape), drouter, *of_weights, None

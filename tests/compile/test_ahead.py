@@ -61,7 +61,7 @@ def test_it_returns_at_once_and_the_callers_own_compilation_meets_the_workers(fo
         cache.function_of(spec)
     assert _there(folder) == [True, True, True]
     _wait()
-    assert sorted(f.suffix for f in folder.iterdir() if f.suffix != ".lock") == [".o"] * 3
+    assert sorted(f.suffix for f in folder.iterdir() if f.suffix != ".lock") == [compile.suffix()] * 3
 
 
 def test_nothing_is_asked_for_twice_nor_what_is_there(folder: Path) -> None:

@@ -75,13 +75,15 @@ def test_no_wide_multiply_add_in_a_gathers_loop(variant: str) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"opcodes": {"STL": 3}}, "STL 3"),
+        ({"opcodes": {"STL": 3, "ACQBULK": 2}}, "STL 3"),
+        ({"opcodes": {"ACQBULK": 1}}, "does not wait"),
         ({"stack": 8}, "stack frame of 8"),
         ({"shared": inspect.SHARED_MEMORY + 8}, "shared memory"),
     ],
 )
 def test_faults(change: dict[str, Any], fault: str) -> None:
-    fine: dict[str, Any] = {"registers": 168, "stack": 0, "shared": 1024, "setmaxnreg": (), "opcodes": {"LDG": 1}}
+    fine: dict[str, Any] = {"kernels": 2, "registers": 168, "stack": 0, "shared": 1024, "setmaxnreg": ()}
+    fine["opcodes"] = {"LDG": 1, "ACQBULK": 2}
     assert inspect.Resources(**fine).faults() == []
     (found,) = inspect.Resources(**{**fine, **change}).faults()
     assert fault in found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -66,7 +68,7 @@ def test_a_loaded_kernel_checks_its_arguments(folder: Path, compiled: list[Any])
 
 
 def test_one_file_per_kernel_named_by_its_spec(folder: Path) -> None:
-    (file,) = folder.glob("*.o")
+    (file,) = folder.glob(f"*{compile.suffix()}")
     assert file == cache.path_of(SPEC, folder) and file.name.startswith("aggregate_sm_90a-")
     assert cache.path_of(AggregateSpec(72, "bf16", 2, weighted=True), folder) != file
 
@@ -181,3 +183,40 @@ def test_an_invalid_spec_leaves_nothing(folder: Path) -> None:
     with pytest.raises(InvalidArgument, match="width = 12"):
         cache.function_of(AggregateSpec(12, "bf16", 2, weighted=True))
     assert sorted(folder.iterdir()) == before
+
+
+_LOADS = """
+import sys
+from sonicmoe.jit import cache
+from sonicmoe.cute_kernels.aggregate import AggregateSpec
+cache.function_of(AggregateSpec(64, "bf16", 2, weighted=True))
+print("cutlass" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(compile.suffix() != ".so", reason="needs a C compiler")
+def test_a_linked_kernel_is_loaded_without_the_compiler(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _LOADS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"] and done.stderr == ""
+
+
+def test_without_a_c_compiler_kernels_are_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[Any]
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(compile, "_linker", lambda: None)
+    for _ in range(2):
+        function = cache.function_of(SPEC)
+    assert compiled == [SPEC] and cache.path_of(SPEC, tmp_path).suffix == ".o"
+    with pytest.raises(ValueError, match="rows: Tensor.*expected device_type=cuda"):
+        function(*_arguments())
+
+
+def test_a_linker_that_fails_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[Any]
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(compile, "_linker", lambda: "false")
+    with pytest.warns(UserWarning, match=r"without its cache on disk.*cannot link"):
+        cache.function_of(SPEC)
+    assert compiled == [SPEC, SPEC] and [f for f in tmp_path.iterdir() if f.suffix != ".lock"] == []

@@ -15,6 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, const_expr
 
+from .dependent import await_earlier
 from .epilogue.driver import Lane
 from .mainloop import Mainloop
 from .operands import prefetch_descriptors
@@ -52,6 +53,7 @@ class GroupedGemm:
             block=[THREADS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
+            use_pdl=True,
         )
 
     def storage(self):
@@ -90,6 +92,7 @@ class GroupedGemm:
             with cute.arch.elect_one():
                 self.mainloop.ring.init(bars)
             cute.arch.mbarrier_init_fence()
+        await_earlier()
         if warp == 1:
             self.groups.build_table(cu_rows, table, lane)
         cute.arch.sync_threads()

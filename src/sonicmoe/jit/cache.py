@@ -1,7 +1,7 @@
 """Compiled kernels on disk, shared by processes.
 
-One object file per kernel, named by its spec's name and a hash of spec and fingerprint: sources of the kernels,
-versions of the compiler and of the interpreter. A digest follows the object's bytes, where no reader of ELF looks; a
+One file per kernel, named by its spec's name and a hash of spec and fingerprint: sources of the kernels, versions and
+place of the compiler, version of the interpreter. A digest follows the kernel's bytes, where no reader of ELF looks; a
 file whose digest is wrong is a miss. Writers take a lock per kernel and rename into place, so of many ranks that start
 at once one compiles and the others load, and nobody reads half a file.
 """
@@ -66,15 +66,17 @@ def fingerprint() -> str:
 
 
 def _version(distribution: str) -> str:
+    """Version and place of an installed package: a linked kernel finds the libraries that it needs where they were."""
     try:
-        return importlib.metadata.version(distribution)
+        found = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+    return f"{found.version} {Path(str(found.locate_file(''))).resolve()}"
 
 
 def path_of(spec: Spec, root: Path) -> Path:
     key = _DIGEST(f"{fingerprint()} {spec!r}".encode()).hexdigest()[:32]
-    return root / f"{spec.name}-{key}.o"
+    return root / f"{spec.name}-{key}{compiler.suffix()}"
 
 
 def function_of(spec: Spec) -> Any:
@@ -110,8 +112,8 @@ def fill(spec: Spec) -> None:
 
 
 def _write(compiled: Any, path: Path) -> None:
-    """Object and digest, under another name first."""
-    handle, name = tempfile.mkstemp(suffix=".o", prefix=".", dir=path.parent)
+    """Kernel and digest, under another name first."""
+    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=".", dir=path.parent)
     os.close(handle)
     part = Path(name)
     try:

@@ -1,9 +1,16 @@
-"""From a spec to an object file, by the DSL. Needs neither a GPU nor a driver nor a CUDA toolkit."""
+"""From a spec to a file that can be loaded, by the DSL. Needs neither a GPU nor a driver nor a CUDA toolkit.
+
+Where there is a C compiler the file is a shared library, which is loaded without the DSL, whose import takes longer
+than all kernels of a layer do; elsewhere it is the DSL's object file.
+"""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import tempfile
 import threading
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +49,47 @@ def compile_for_inspection(spec: Spec) -> Any:
         return compile_spec(spec, f"--keep-cubin --keep-ptx --dump-dir={folder}")
 
 
+@lru_cache(maxsize=1)
+def _linker() -> str | None:
+    """The C compiler, if there is one."""
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+def suffix() -> str:
+    """Of the files that `export` writes."""
+    return ".so" if _linker() else ".o"
+
+
 def export(compiled: Any, path: Path) -> None:
-    """Write the object file of a compiled function."""
-    with _compiling:
-        compiled.export_to_c(str(path), function_name=SYMBOL)
+    """Write a compiled function as a file of `suffix`. Raises OSError."""
+    with _compiling, tempfile.TemporaryDirectory() as folder:
+        object_file = Path(folder, "kernel.o")
+        compiled.export_to_c(str(object_file), function_name=SYMBOL)
+        if path.suffix == ".so":
+            _link(object_file, path)
+        else:
+            shutil.move(object_file, path)
+
+
+def _link(object_file: Path, path: Path) -> None:
+    """The libraries that the kernel calls are found again where they are now."""
+    from cutlass.cute.runtime import find_runtime_libraries
+
+    libraries = [Path(library) for library in find_runtime_libraries(enable_tvm_ffi=True)]
+    paths = [f"-Wl,-rpath,{folder}" for folder in dict.fromkeys(library.parent for library in libraries)]
+    command = [str(_linker()), "-shared", "-Wl,-Bsymbolic", "-o", path, object_file, *libraries, *paths]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{_linker()} cannot link a kernel: {done.stderr.strip()[-500:]}")
 
 
 def load(path: Path) -> Any:
-    """The function in an object file of `export`."""
+    """The function in a file of `export`."""
     with _compiling:
+        if path.suffix == ".so":
+            import tvm_ffi
+
+            return getattr(tvm_ffi.load_module(path.resolve()), SYMBOL)
         import cutlass.cute as cute
 
         return getattr(cute.runtime.load_module(str(path.resolve()), enable_tvm_ffi=True), SYMBOL)

@@ -15,7 +15,7 @@ from typing import Any
 
 OPCODES = (
     "HGMMA UTMALDG UTMASTG LDGSTS LDSM STSM USETMAXREG LDL STL LDG STG LDS STS MUFU SHFL REDUX MATCH RED REDG ATOM "
-    "ATOMG ATOMS SYNCS BAR FENCE"
+    "ATOMG ATOMS SYNCS BAR FENCE ACQBULK PREEXIT"
 ).split()
 SHARED_MEMORY = 232448  # of a block on sm_90, the reserved KiB included
 RESERVED = 1024
@@ -23,12 +23,14 @@ RESERVED = 1024
 
 @dataclass(frozen=True)
 class Resources:
-    """Of all entry points of a spec together: the largest registers, stack and shared memory, the sum of opcodes.
+    """Of all kernels of a spec together: the largest registers, stack and shared memory, the sum of opcodes.
 
+    kernels     how many there are
     registers   at launch; a kernel that redistributes them (setmaxnreg) shows the launch limit
     setmaxnreg  what they are redistributed to, producers first
     """
 
+    kernels: int
     registers: int
     stack: int
     shared: int
@@ -40,6 +42,8 @@ class Resources:
         found = [f"{name} {self.opcodes[name]}: spills" for name in ("LDL", "STL") if self.opcodes.get(name)]
         if self.stack:
             found.append(f"a stack frame of {self.stack} bytes")
+        if self.opcodes.get("ACQBULK") != self.kernels:
+            found.append("a kernel does not wait, once, for the launches before it")
         if self.shared > SHARED_MEMORY:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY} are there")
         return found
@@ -55,6 +59,7 @@ def resources(compiled: Any) -> Resources:
     kernels = [tuple(map(int, k)) for k in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)]
     found = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE))
     return Resources(
+        kernels=len(kernels),
         registers=max(k[0] for k in kernels),
         stack=max(k[1] for k in kernels),
         shared=dynamic_shared_memory(compiled) + max(RESERVED, *(k[2] for k in kernels)),

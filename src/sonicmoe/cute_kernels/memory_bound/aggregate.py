@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import CHUNK, DTYPES, address, chunk_of, load_once, load_or, numbers, store_chunk
 
@@ -69,7 +70,7 @@ class Aggregate:
         threads = const_expr(self.tokens * self.lanes)
         score_ctas = ceil_div(slot_row.shape[0], threads) if const_expr(self.parts) else 0
         self.kernel(rows, scores, parts, slot_row, cu_slots, o, dscores, row_ctas).launch(
-            grid=[row_ctas + score_ctas, 1, 1], block=[threads, 1, 1], stream=stream
+            grid=[row_ctas + score_ctas, 1, 1], block=[threads, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -86,6 +87,7 @@ class Aggregate:
     ):
         cta, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
+        await_earlier()
         if cta < row_ctas:
             piece = cta % self.pieces
             token = cta // self.pieces * self.tokens + tid // self.lanes

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import address, load_or, reinterpret
 from .logits import LARGEST, Row, choose, load_row, softmax_terms, warp_sum
@@ -75,9 +76,9 @@ class Balance:
     def __call__(self, logits: cute.Tensor, cu_rows: cute.Tensor, parts: cute.Tensor, loss: cute.Tensor, stream):
         threads = const_expr(self.tokens.warps * WARP)
         self.sum_tokens(logits, cu_rows, parts).launch(
-            grid=[parts.shape[0], 1, 1], block=[threads, 1, 1], stream=stream
+            grid=[parts.shape[0], 1, 1], block=[threads, 1, 1], stream=stream, use_pdl=True
         )
-        self.sum_parts(parts, loss).launch(grid=[1, 1, 1], block=[WARP, 1, 1], stream=stream)
+        self.sum_parts(parts, loss).launch(grid=[1, 1, 1], block=[WARP, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
     def sum_tokens(self, logits: cute.Tensor, cu_rows: cute.Tensor, parts: cute.Tensor):
@@ -86,6 +87,7 @@ class Balance:
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = tid // WARP, tid % WARP
         warps = const_expr(self.tokens.warps)
+        await_earlier()
         counts = self.tokens.load_counts(cu_rows)
         sums = shared(Float32, warps)
         mine = Float32(0.0)
@@ -105,6 +107,7 @@ class Balance:
     @cute.kernel
     def sum_parts(self, parts: cute.Tensor, loss: cute.Tensor):
         lane, _, _ = cute.arch.thread_idx()
+        await_earlier()
         mine = Float32(0.0)
         for i in cutlass.range_constexpr(MAX_CTAS // WARP):
             part = i * WARP + lane
@@ -123,7 +126,7 @@ class BalanceBackward:
         warps = const_expr(self.tokens.warps)
         ctas = cutlass.min(ceil_div(logits.shape[0], warps), MAX_CTAS)
         self.kernel(dloss, logits, cu_rows, dlogits).launch(
-            grid=[ctas, 1, 1], block=[warps * WARP, 1, 1], stream=stream
+            grid=[ctas, 1, 1], block=[warps * WARP, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -133,6 +136,7 @@ class BalanceBackward:
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = tid // WARP, tid % WARP
         warps = const_expr(self.tokens.warps)
+        await_earlier()
         counts = self.tokens.load_counts(cu_rows)
         factor = self.tokens.factor(logits) * dloss[0]
         for token in cutlass.range(cta * warps + warp, logits.shape[0], ctas * warps, unroll=1):

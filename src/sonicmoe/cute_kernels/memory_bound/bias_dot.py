@@ -10,6 +10,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
+from ..dependent import await_earlier
 from .access import CHUNK, DTYPES, address, load_chunk, numbers
 from .team import WARP
 
@@ -39,7 +40,7 @@ class BiasDot:
         stream,
     ):
         self.kernel(tokens, bias, cu_rows, row_token, parts).launch(
-            grid=[CTAS, self.groups, 1], block=[WARPS * WARP, 1, 1], stream=stream
+            grid=[CTAS, self.groups, 1], block=[WARPS * WARP, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -53,6 +54,7 @@ class BiasDot:
     ):
         cta, group, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
+        await_earlier()
         row = cu_rows[group] + cta * WARPS + tid // WARP
         last = cu_rows[group + 1]
         while row < last:

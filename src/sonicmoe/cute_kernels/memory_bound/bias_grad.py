@@ -11,6 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import DTYPES, address, load_chunk, load_or, numbers
 
@@ -40,7 +41,7 @@ class BiasGrad:
         stream,
     ):
         self.kernel(rows, cu_rows, row_token, scores, row_slot, out).launch(
-            grid=[ceil_div(self.width, COLUMNS), out.shape[0], 1], block=[THREADS, 1, 1], stream=stream
+            grid=[ceil_div(self.width, COLUMNS), out.shape[0], 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -59,6 +60,7 @@ class BiasGrad:
         column = block * COLUMNS + lane * 8
         total = cute.make_rmem_tensor(cute.make_layout(8), Float32)
         total.fill(0.0)
+        await_earlier()
         if column < self.width:
             first, last = cu_rows[expert], cu_rows[expert + 1]
             self.sum_rows(rows, row_token, scores, row_slot, total, first + group, last, Int32(column * 2))

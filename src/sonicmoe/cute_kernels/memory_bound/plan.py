@@ -7,7 +7,8 @@ and its lanes of one expert find each other by a match: the order of the slots i
 depends on timing.
 
 Slots without an expert are counted as those of one more, number `experts`, whose rows are the padding. The second
-launch starts while the first one runs, and waits for it before it reads counts.
+launch starts while the first one runs, and waits for it before it reads counts; it reads the slots' experts earlier,
+since what ran before the first one had ended when the second began (`await_earlier`).
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import address, load_chunk
 from .team import WARP, change_shared, count_bits, lanes_below, scan_in_place, shared
@@ -57,7 +59,7 @@ class Plan:
         stream,
     ):
         chunks = counts.shape[0]
-        self.count(ids, counts).launch(grid=[chunks, 1, 1], block=[COUNT_THREADS, 1, 1], stream=stream)
+        self.count(ids, counts).launch(grid=[chunks, 1, 1], block=[COUNT_THREADS, 1, 1], stream=stream, use_pdl=True)
         self.scatter(ids, slot_token, counts, cu_rows, row_token, row_slot, slot_row).launch(
             grid=[chunks, 1, 1], block=[self.warps * WARP, 1, 1], stream=stream, use_pdl=True, min_blocks_per_mp=1
         )
@@ -83,11 +85,11 @@ class Plan:
     def count(self, ids: cute.Tensor, counts: cute.Tensor):
         cta, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
-        cute.arch.griddepcontrol_launch_dependents()
         counters = shared(Int32, self.columns)
         for e in cutlass.range(tid, self.columns, COUNT_THREADS):
             counters[e] = 0
         cute.arch.sync_threads()
+        await_earlier()
         first, end = self.chunk(ids)
         for slot in cutlass.range(first + tid, end, COUNT_THREADS, unroll=4):
             change_shared("add.s32", counters, self.bucket(ids, slot), 1)
@@ -125,7 +127,7 @@ class Plan:
         end = cutlass.min(first + of_warp, end)
         for slot in cutlass.range(first + lane, end, WARP, unroll=4):
             change_shared("add.s32", counters, warp * self.columns + self.bucket(ids, slot), 1)
-        cute.arch.griddepcontrol_wait()
+        await_earlier()
         self.sum_chunks(counts, totals, before, cta, tid)
         cute.arch.sync_threads()
 

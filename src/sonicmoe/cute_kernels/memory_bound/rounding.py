@@ -42,7 +42,7 @@ class TokenRounding:
         stream,
     ):
         self.choose.kernel(logits, chosen, softmax, tiles, state).launch(
-            grid=[marks.shape[0], 1, 1], block=[CHOOSE_THREADS, 1, 1], stream=stream
+            grid=[marks.shape[0], 1, 1], block=[CHOOSE_THREADS, 1, 1], stream=stream, use_pdl=True
         )
         self.select.kernel(logits, softmax, tiles, draws, state, marks).launch(
             grid=[self.select.experts, 1, 1],

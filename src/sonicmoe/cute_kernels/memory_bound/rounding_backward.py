@@ -14,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import DTYPES, address, load_or, reinterpret
 from .logits import choose, finite, key_of, number_of, store_number, warp_greatest, warp_sum, working
@@ -40,7 +41,7 @@ class RoundingBackward:
         stream,
     ):
         self.kernel(dscores, logits, cu_slots, chosen, kept, dlogits).launch(
-            grid=[ceil_div(logits.shape[0], WARPS), 1, 1], block=[WARPS * WARP, 1, 1], stream=stream
+            grid=[ceil_div(logits.shape[0], WARPS), 1, 1], block=[WARPS * WARP, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -56,6 +57,7 @@ class RoundingBackward:
         cta, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
         token = cta * WARPS + tid // WARP
+        await_earlier()
         if token < logits.shape[0]:
             self.of_token(dscores, logits, cu_slots, chosen, kept, dlogits, token, tid % WARP)
 

@@ -19,6 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from ..ptx import exp2, reciprocal
 from .access import DTYPES, address, load_chunk, reinterpret, store_chunk
@@ -195,12 +196,12 @@ class Choose:
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = tid // WARP, tid % WARP
         experts, places = const_expr(self.row.experts), const_expr(self.row.pieces * WARP)
-        cute.arch.griddepcontrol_launch_dependents()
         masks, others, least = shared(Int32, places), shared(Int32, places), shared(Int32, places)
         for e in cutlass.range(tid, places, THREADS):
             masks[e] = 0
             others[e] = ABSENT
             least[e] = ABSENT
+        await_earlier()
         if tid == 0:
             # The next step adds to it, after it has waited for the end of this one.
             state[2 * experts + cta] = 0

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import address, load_or
 from .rounding_choose import Softmax, TokenRow, load_softmax, lowest_bit, score_of
@@ -76,7 +77,7 @@ class Pairs:
         rows, masks = shared(Int32, groups * WARP), shared(Uint32, groups * WARP)
         of_token, slots = shared(Uint32, groups, WARP), shared(Int32, groups, WARP)
         sums, scan = shared(Int32, 2, WARPS), shared(Int32, WARPS)
-        cute.arch.griddepcontrol_wait()
+        await_earlier()
         for e in cutlass.range(tid, groups * WARP, THREADS):
             rows[e] = 0
             if e < self.experts:

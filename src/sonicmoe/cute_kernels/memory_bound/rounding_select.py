@@ -23,6 +23,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 
+from ..dependent import await_earlier
 from .access import address, load_or, reinterpret
 from .logits import choose, warp_sum
 from .rounding_choose import (
@@ -173,8 +174,7 @@ class Select:
             shared(Uint32, SEGMENT),
             shared(Int32, SEGMENT),
         )
-        cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        await_earlier()
         column = Column(tile_address(tiles, expert, Int32(0)), tiles.shape[1], logits, softmax, expert)
         tokens = logits.shape[0]
         count, best_other, best_weak = self.survey(column, memory)

@@ -17,6 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from ..ptx import reciprocal
 from .access import address, load_chunk, numbers
@@ -83,7 +84,10 @@ class TopK:
     @cute.jit
     def __call__(self, logits: cute.Tensor, bias: cute.Tensor | None, scores: cute.Tensor, ids: cute.Tensor, stream):
         self.kernel(logits, bias, scores, ids).launch(
-            grid=[ceil_div(logits.shape[0], self.warps), 1, 1], block=[self.warps * WARP, 1, 1], stream=stream
+            grid=[ceil_div(logits.shape[0], self.warps), 1, 1],
+            block=[self.warps * WARP, 1, 1],
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -94,6 +98,7 @@ class TopK:
         memory = shared(Uint32, self.warps, self.words)
         table = Int32(memory.iterator.toint()) + warp * (self.words * 4)
         token = cta * self.warps + warp
+        await_earlier()
         if token < logits.shape[0]:
             self.fill(logits, token, table, lane)
             cute.arch.sync_warp()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
+from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import address, load_or
 from .logits import Row, load_row, softmax_terms, working
@@ -28,7 +29,7 @@ class TopKBackward:
     @cute.jit
     def __call__(self, dscores: cute.Tensor, ids: cute.Tensor, logits: cute.Tensor, dlogits: cute.Tensor, stream):
         self.kernel(dscores, ids, logits, dlogits).launch(
-            grid=[ceil_div(logits.shape[0], WARPS), 1, 1], block=[WARPS * WARP, 1, 1], stream=stream
+            grid=[ceil_div(logits.shape[0], WARPS), 1, 1], block=[WARPS * WARP, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -36,6 +37,7 @@ class TopKBackward:
         cta, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
         token, lane = cta * WARPS + tid // WARP, tid % WARP
+        await_earlier()
         if token < logits.shape[0]:
             experts, dchosen, chosen = self.load_chosen(dscores, ids, logits, token, lane)
             weights, top, rest = [], Float32(0.0), Float32(1.0)
