@@ -182,5 +182,6 @@ def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor
     if dlogits is not None and needs_router:
         drouter = dlogits.t().mm(kept.x)
     if dlogits is not None and needs_x:
+        assert router is not None
         dx = dlogits.mm(router) if dx is None else dx.addmm_(dlogits, router)
     return dx if flat or dx is None else dx.view(ctx.shape), drouter, *of_weights, None

@@ -28,8 +28,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, two jobs, and nothing asked for yet; no worker outlives the test."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setenv(ahead.VARIABLE, "2")
-    monkeypatch.setattr(ahead, "_asked", set())
+    monkeypatch.setattr(ahead, "_asked", {})
     monkeypatch.setattr(ahead, "_workers", [])
+    monkeypatch.setattr(kernels, "_functions", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     yield tmp_path
     ahead._stop()
 
@@ -43,25 +45,34 @@ def _there(folder: Path) -> list[bool]:
     return [cache.path_of(spec, folder).exists() for spec in SPECS]
 
 
-def test_workers_compile_all_but_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_compiles_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead.compile_ahead(SPECS)
     assert len(ahead._workers) == 1
     _wait()
-    assert _there(folder) == [False, True, True]
+    assert _there(folder) == [True, True, True]
     monkeypatch.setattr(compile, "compile_spec", lambda *_: pytest.fail("compiled again"))
-    for spec in SPECS[1:]:
-        cache.function_of(spec)
+    for spec in SPECS:
+        kernels.kernel(spec)
 
 
-def test_it_returns_at_once_and_the_callers_own_compilation_meets_the_workers(folder: Path) -> None:
+def test_the_caller_waits_for_its_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "compile_spec", lambda *_: pytest.fail("compiled here too"))
     start = time.perf_counter()
     ahead.compile_ahead(SPECS)
     assert time.perf_counter() - start < 1
     for spec in SPECS:
-        cache.function_of(spec)
-    assert _there(folder) == [True, True, True]
+        kernels.kernel(spec)
     _wait()
     assert sorted(f.suffix for f in folder.iterdir() if f.suffix != ".lock") == [compile.suffix()] * 3
+
+
+def test_a_worker_that_ends_without_a_kernel_leaves_it_to_the_caller(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "_RUN", "import sys; sys.stdin.buffer.read()")
+    ahead.compile_ahead(SPECS)
+    kernels.kernel(SPECS[0])
+    assert _there(folder) == [True, False, False]
 
 
 def test_nothing_is_asked_for_twice_nor_what_is_there(folder: Path) -> None:
@@ -70,8 +81,9 @@ def test_nothing_is_asked_for_twice_nor_what_is_there(folder: Path) -> None:
     assert len(ahead._workers) == 1
     _wait()
     ahead._asked.clear()
+    cache.path_of(SPECS[1], folder).unlink()
     ahead.compile_ahead(SPECS[:2])
-    assert len(ahead._workers) == 1, "one is there, the other is the caller's"
+    assert len(ahead._workers) == 1, "one is there, a single one is left to the caller"
 
 
 @pytest.mark.parametrize("variable", [cache.VARIABLE, ahead.VARIABLE])

@@ -1,8 +1,11 @@
 """Programmatic dependent launch: a kernel may begin while the one before it in the stream is ending.
 
-Every launch asks for it (`use_pdl=True`), so that a kernel's set-up, and the launch itself, lie under the last tiles of
-the kernel before. Every kernel therefore calls `await_earlier`, in all threads and before it reads or writes what
-another launch writes or reads: what the launches before left is there only then.
+Kernels that are bound by memory or short ask for it (`use_pdl=True`), so that their launch and set-up lie under the end
+of the kernel before. Every kernel calls `await_earlier`, in all threads and before it reads or writes what another
+launch writes or reads: what the launches before left is there only then.
+
+The grouped GEMMs do not ask for it. Their CTAs would take SMs in the order in which these become free; they are faster
+where CTAs of the same rows are neighbours (docs/notes/2026-11-28-placement.md).
 """
 
 import cutlass.cute as cute

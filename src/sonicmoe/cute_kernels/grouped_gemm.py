@@ -53,7 +53,6 @@ class GroupedGemm:
             block=[THREADS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
         )
 
     def storage(self):

@@ -1,9 +1,9 @@
 """Compiling what a layer will need side by side, by other processes, while the layer's first call is on its way.
 
 One worker imports the compiler and forks a child for each kernel, so many at once: importing takes longer than most
-kernels do. The cache on disk is where the processes meet: whoever needs a kernel that a child has in hand waits for
-its lock and loads what the child left. Nothing depends on them: without them, or without a cache on disk, each kernel
-is compiled when it is first called.
+kernels do. The caller, who would import it at the same time and slow both down, waits for the worker and loads what its
+children leave in the cache on disk. Nothing depends on them: without them, without a cache on disk, or when a worker
+ends without a kernel, the kernel is compiled when it is first called.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,8 +27,10 @@ MOST_JOBS = 12
 _WORKER = Path(__file__).parent / "worker.py"
 # Unlike python PATH this leaves the file's folder out of sys.path, where our inspect.py would hide Python's.
 _RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+_POLL = 0.002  # seconds
 _workers: list[subprocess.Popen[bytes]] = []
-_asked: set[Spec] = set()
+# What has been asked for, and the worker that compiles it; None for what was there or is left to the caller.
+_asked: dict[Spec, subprocess.Popen[bytes] | None] = {}
 
 
 def jobs() -> int:
@@ -39,20 +42,30 @@ def jobs() -> int:
 def compile_ahead(specs: Iterable[Spec]) -> None:
     """Have what of these is not in the cache on disk compiled by other processes. Returns at once.
 
-    The first one missing is left to the caller, who is about to need it. None is asked for twice.
+    A single one is left to the caller. None is asked for twice.
     """
     root = cache.folder()
     # Without an interpreter of its own, as in a frozen program, there is nothing to start.
     if root is None or jobs() == 0 or not sys.executable or hasattr(sys, "frozen") or not hasattr(os, "fork"):
         return
     new = [s for s in dict.fromkeys(specs) if s not in _asked and s.why_invalid() is None]
-    _asked.update(new)
-    missing = [s for s in new if not cache.path_of(s, root).exists()][1:]
-    if missing:
-        _start(missing)
+    missing = [s for s in new if not cache.path_of(s, root).exists()]
+    _asked.update(dict.fromkeys(new))
+    if len(missing) > 1 and (worker := _start(missing)):
+        _asked.update(dict.fromkeys(missing, worker))
 
 
-def _start(specs: list[Spec]) -> None:
+def await_worker(spec: Spec) -> None:
+    """Wait until a kernel is in the cache or nobody is compiling it any more."""
+    worker, root = _asked.get(spec), cache.folder()
+    if worker is None or root is None:
+        return
+    path = cache.path_of(spec, root)
+    while worker.poll() is None and not path.exists():
+        time.sleep(_POLL)
+
+
+def _start(specs: list[Spec]) -> subprocess.Popen[bytes] | None:
     try:
         worker = subprocess.Popen(
             [sys.executable, "-c", _RUN, str(_WORKER)],
@@ -65,8 +78,9 @@ def _start(specs: list[Spec]) -> None:
         with worker.stdin as pipe:
             pickle.dump((jobs(), specs), pipe)
     except OSError:
-        return  # no process to be had: the kernels are compiled here
+        return None  # no process to be had: the kernels are compiled here
     _workers.append(worker)
+    return worker
 
 
 @atexit.register

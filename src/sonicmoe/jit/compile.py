@@ -77,7 +77,8 @@ def _link(object_file: Path, path: Path) -> None:
 
     libraries = [Path(library) for library in find_runtime_libraries(enable_tvm_ffi=True)]
     paths = [f"-Wl,-rpath,{folder}" for folder in dict.fromkeys(library.parent for library in libraries)]
-    command = [str(_linker()), "-shared", "-Wl,-Bsymbolic", "-o", path, object_file, *libraries, *paths]
+    files = [str(file) for file in (path, object_file, *libraries)]
+    command = [str(_linker()), "-shared", "-Wl,-Bsymbolic", "-o", *files, *paths]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{_linker()} cannot link a kernel: {done.stderr.strip()[-500:]}")

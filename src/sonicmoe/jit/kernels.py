@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sonicmoe.jit import cache
+from sonicmoe.jit import ahead, cache
 from sonicmoe.jit.spec import Spec
 
 _functions: dict[tuple[Spec, int], Callable[..., None]] = {}
@@ -25,6 +25,7 @@ def kernel(spec: Spec) -> Callable[..., None]:
     if function is None:
         with _loading:
             if key not in _functions:
+                ahead.await_worker(spec)
                 _functions[key] = cache.function_of(spec)
             function = _functions[key]
     return function

@@ -1,12 +1,14 @@
 """A process that has specs compiled into the cache on disk; started by ahead.py, which pickles them to its input.
 
 Run by its path, with the packages above its modules in name only: importing torch, which compiling does not need, would
-take longer than a kernel. It imports the compiler, and a child forked from it compiles each kernel: nothing of the
-compiler runs before the fork. What goes wrong is left to the process that needs the kernel: it compiles it and says so.
+take longer than a kernel. It imports the compiler and the kernels' sources, and a child forked from it compiles each
+kernel: nothing of the compiler runs before the fork. What goes wrong is left to the process that needs the kernel: it compiles it and says so.
 """
 
+import importlib
 import os
 import pickle
+import pkgutil
 import sys
 import types
 from pathlib import Path
@@ -23,7 +25,11 @@ def main() -> None:
 
     import cutlass.cute  # noqa: F401
 
+    from sonicmoe import cute_kernels
     from sonicmoe.jit import cache
+
+    for found in pkgutil.walk_packages(cute_kernels.__path__, f"{cute_kernels.__name__}."):
+        importlib.import_module(found.name)
 
     alive = 0
     for spec in specs:

@@ -51,7 +51,8 @@ def compile_layer(
     if name in ("bf16", "fp16"):
         act = Activation.parse(activation)
         routing = router_specs(sizes[0], name, router, training) if router else []
-        compile_ahead([*routing, *expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)])
+        experts = expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)
+        compile_ahead([*routing[:1], *experts, *routing[1:]])
 
 
 def expert_specs(
@@ -64,7 +65,7 @@ def expert_specs(
     per_token: int | None,
     training: bool,
 ) -> list[Spec]:
-    """Of `moe_experts`: up_proj, which is needed first, then down_dgrad, which takes longest."""
+    """Of `moe_experts`, those that take longest to compile first."""
     experts, hidden, inter = sizes
     halves, interleaved = 2 if act.gated else 1, w1_layout == "interleaved"
     split = 2 if interleaved else 1
@@ -73,24 +74,23 @@ def expert_specs(
     def gemm(variant: str, n: int, k: int, *form: Any) -> GemmSpec:
         return spec_of(device, variant, experts, n, k, dtype, *form)
 
-    forward: list[Spec] = [
-        gemm("up_proj", inter, hidden, str(act), interleaved, halves, biases[0], training),
-        gemm("down_proj", hidden, inter, None, False, 1, biases[1]),
-        AggregateSpec(hidden, dtype, per_token, weighted=True),
-    ]
+    up = gemm("up_proj", inter, hidden, str(act), interleaved, halves, biases[0], training)
+    down = gemm("down_proj", hidden, inter, None, False, 1, biases[1])
+    forward = AggregateSpec(hidden, dtype, per_token, weighted=True)
     if not training:
-        return forward
+        return [up, down, forward]
     dgrad = gemm("down_dgrad", inter, hidden, str(act), False, halves, biases[1])
     parts = dgrad.part_columns
     return [
-        forward[0],
         dgrad,
-        *forward[1:],
-        *([BiasDotSpec(hidden, dtype, experts, parts)] if biases[1] else []),
+        up,
+        gemm("up_wgrad", width, hidden, None, interleaved, split),
         gemm("down_wgrad", inter, hidden),
         gemm("up_dgrad", hidden, width, None, interleaved, split),
+        down,
+        forward,
         AggregateSpec(hidden, dtype, per_token, weighted=False, parts=parts),
-        gemm("up_wgrad", width, hidden, None, interleaved, split),
+        *([BiasDotSpec(hidden, dtype, experts, parts)] if biases[1] else []),
     ]
 
 
