@@ -1,7 +1,8 @@
 """The layer as one autograd Function, router included: for eager calls by the kernels that nobody looks into.
 
-The launches are those of `MoE.forward` step by step, so every bit of the results is the same, but for x's gradient, to
-which the router's part is added before it is rounded. What is saved is the host's time: one node of autograd's graph
+The launches are those of `MoE.forward` step by step, and so is every bit of the results, but for gradients that are
+sums: here the second part is added before it is rounded, to x's (of experts and router) and to the logits' (of scores
+and loss), on which those of router and x depend. What is saved is mostly the host's time: one node of autograd's graph
 instead of five, and no argument is checked again while it stays the same.
 """
 
@@ -99,7 +100,7 @@ def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) ->
         return None
     biases, per_token = (b1 is not None, b2 is not None), k if rounding is None else None
     form, sizes = (x.dtype, activation, w1_layout), (experts, hidden, inter)
-    ops.compile_layer(x.device.index, sizes, *form, biases, per_token, training, settings.router)
+    ops.compile_layer(x.device.index, sizes, *form, biases, per_token, training, settings.router, True)
     return Kind(route, Form(activation, w1_layout, "cute"))
 
 
@@ -177,8 +178,7 @@ def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor
         needs = (needs_x, *needs_weights, needs_x or needs_router)
         dx, *of_weights, dscores = backward_steps(steps, of_tokens.contiguous(), kept, needs, form)
         if dscores is not None:
-            of_scores = route.backward(steps, dscores, logits, *own)
-            dlogits = of_scores if dlogits is None else dlogits.add_(of_scores)
+            dlogits = route.backward(steps, dlogits, dscores, logits, *own)
     if dlogits is not None and needs_router:
         drouter = dlogits.t().mm(kept.x)
     if dlogits is not None and needs_x:

@@ -1,4 +1,4 @@
-"""`sonicmoe.MoE` as one autograd Function on the kernels: but for dx bit for bit what it gives step by step."""
+"""`sonicmoe.MoE` as one autograd Function on the kernels: what it gives step by step, bit for bit but for sums."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ def test_as_one_and_step_by_step_are_the_same(settings: dict[str, Any], monkeypa
     moe.router.register_forward_hook(lambda *_: None)
     by_steps = _results(moe, x, do)
     assert len(runs) == 1
-    # Step by step the router's part of dx is rounded before it is added.
-    dx, rounded_twice = as_one.pop(2), by_steps.pop(2)
-    assert dx.any()
-    torch.testing.assert_close(dx, rounded_twice, rtol=0, atol=2**-8 * float(dx.abs().max()))
+    # Step by step, parts of the gradients of x and router, the first and the last, are rounded before they are added.
+    assert [name for name, _ in moe.named_parameters()][-1] == "router.weight"
+    for one, other in ((as_one.pop(2), by_steps.pop(2)), (as_one.pop(), by_steps.pop())):
+        assert one.any()
+        torch.testing.assert_close(one, other, rtol=0, atol=2**-7 * float(one.abs().max()))
     for one, other in zip(as_one, by_steps, strict=True):
         assert one.isfinite().all() and one.any() and torch.equal(one, other)
 

@@ -62,6 +62,8 @@ class Python(types.SimpleNamespace):
     """Stands for `cutlass`: the parts of the language that only its compiler knows."""
 
     min = staticmethod(min)
+    max = staticmethod(max)
+    select_ = staticmethod(lambda condition, then, otherwise: then if condition else otherwise)
     range_constexpr = staticmethod(range)
 
 
@@ -84,15 +86,24 @@ def build_table(warp: Warp, form: GroupedM | GroupedK, sizes: Sequence[int]) -> 
 
 
 def tiles(
-    warp: Warp, form: GroupedM | GroupedK, sizes: Sequence[int], turns: Sequence[int] | None = None, cluster: int = 1
+    warp: Warp,
+    form: GroupedM | GroupedK,
+    sizes: Sequence[int],
+    turns: Sequence[int] | None = None,
+    cluster: int = 1,
+    clusters: int = 1,
 ) -> list[list[Tile]]:
     """For every turn, or the given ones, the tile of each CTA of the cluster, once all lanes are shown to agree."""
     cu_rows, table = build_table(warp, form, sizes)
-    chosen = range(int(form.count(table))) if turns is None else turns
+    count, halves = map(int, form.turns(table, clusters))
+    chosen = range(count) if turns is None else turns
     search = SEARCH[type(form)]
 
     def body(lane: int) -> list[list[Tile]]:
-        return [[plain(search(form, turn, rank, cu_rows, table, lane)) for rank in range(cluster)] for turn in chosen]
+        def found(turn: int) -> list[Tile]:
+            return [plain(search(form, turn, halves, rank, cu_rows, table, lane)) for rank in range(cluster)]
+
+        return [found(turn) for turn in chosen]
 
     lanes = warp.run(body)
     assert all(found == lanes[0] for found in lanes)
@@ -131,14 +142,37 @@ SIZES = {
 @pytest.mark.parametrize("n_tiles", [1, 3])
 def test_every_tile_of_grouped_m(warp: Warp, name: str, n_tiles: int) -> None:
     sizes = SIZES[name]
-    form = GroupedM(len(sizes), TILE_M, n_tiles, k_steps=5)
+    form = GroupedM(len(sizes), TILE_M, n_tiles, 5, splits=False)
     assert tiles(warp, form, sizes) == expected_m(form, sizes)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("n_tiles", [1, 3])
+@pytest.mark.parametrize("clusters", [1, 2, 5, 132])
+def test_what_is_left_for_a_last_round_is_split_if_there_are_ctas_enough(
+    warp: Warp, name: str, n_tiles: int, clusters: int
+) -> None:
+    sizes = SIZES[name]
+    form = GroupedM(len(sizes), TILE_M, n_tiles, 5, splits=True)
+    whole = expected_m(form, sizes)
+    rest = len(whole) % clusters
+    expected = whole
+    if rest and 2 * rest <= clusters:
+        halves = [
+            [t._replace(row=t.row + lower * 64, rows=min(t.rows - lower * 64, 64))]
+            for (t,) in whole[-rest:]
+            for lower in (0, 1)
+        ]
+        expected = whole[:-rest] + halves
+    found = tiles(warp, form, sizes, clusters=clusters)
+    assert found == expected
+    assert sum(max(t.rows, 0) if t.rows < TILE_M else TILE_M for (t,) in found) == n_tiles * sum(sizes)
 
 
 @pytest.mark.parametrize("count", [256, 500, 1000, 1024])
 def test_many_groups(warp: Warp, count: int) -> None:
     sizes = [0 if g % 3 else (41 * g) % 400 for g in range(count)]
-    form = GroupedM(count, TILE_M, 2, k_steps=1)
+    form = GroupedM(count, TILE_M, 2, 1, splits=True)
     expected = expected_m(form, sizes)
     chosen = sorted({0, 1, len(expected) - 1, *range(0, len(expected), 41)})
     assert tiles(warp, form, sizes, chosen) == [expected[i] for i in chosen]

@@ -26,7 +26,7 @@ from sonicmoe.cute_kernels import grouped_gemm, mainloop, pipelines, scheduler
 from sonicmoe.cute_kernels.epilogue import base, driver
 from sonicmoe.cute_kernels.epilogue.base import RingEpilogue
 from sonicmoe.cute_kernels.grouped_gemm import GroupedGemm
-from sonicmoe.cute_kernels.groups import BLOCK_M, Tile
+from sonicmoe.cute_kernels.groups import BLOCK_M, Tile, Turns
 from sonicmoe.cute_kernels.mainloop import BLOCK_K, Mainloop
 from sonicmoe.cute_kernels.operands import Load
 from sonicmoe.cute_kernels.pipelines import Late, Ring
@@ -83,7 +83,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Turn i, of group i, has sizes[i] k steps; of those in `short` only the first consumer has rows.
+    """Turn i, of group i, has sizes[i] k steps; of those in `short` only the first consumer has rows, in `none` no one.
 
     parts: if given, rows are what is reduced, and the last k step of turn i has so many blocks.
     """
@@ -91,16 +91,17 @@ class Tiles:
     sizes: tuple[int, ...]
     short: tuple[int, ...] = ()
     parts: tuple[int, ...] = ()
+    none: tuple[int, ...] = ()
 
     @property
     def k_steps(self) -> int:
         return max(self.sizes, default=0)
 
-    def count(self, table: Any) -> int:
-        return len(self.sizes)
+    def turns(self, table: Any, clusters: int) -> Turns:
+        return Turns(len(self.sizes), len(self.sizes))
 
-    def tile(self, turn: int, rank: int, *_: Any) -> Tile:
-        rows = BLOCK_M if turn in self.short else BLOCK_M + 1
+    def tile(self, turn: int, halves: int, rank: int, *_: Any) -> Tile:
+        rows = 0 if turn in self.none else BLOCK_M if turn in self.short else BLOCK_M + 1
         if self.parts:
             rows = max(0, ((self.sizes[turn] - 1) * PARTS_OF_K + self.parts[turn]) * BLOCK_K - 1)
         return Tile(turn, 0, rows, 0, 0, 0, self.sizes[turn])
@@ -196,7 +197,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
 def run_ctas(
     emulate: Callable[[Machine], None], schedule: Any, stages: int, sizes: tuple[int, ...], gathers: bool, seed: int,
     works: int = 0, inputs: bool = True, outs: int = 3, buffers: int = 0, cluster: int = 1,
-    short: tuple[int, ...] = (), parts: tuple[int, ...] = (), **ring: int,
+    short: tuple[int, ...] = (), parts: tuple[int, ...] = (), none: tuple[int, ...] = (), **ring: int,
 ) -> None:  # fmt: skip
     """One cluster that does all turns; checks what each consumer warp has accumulated, and read in its epilogues.
 
@@ -210,7 +211,7 @@ def run_ctas(
     main = Mainloop(*operands, queue, schedule, 128, 128, zero_first=bool(parts))
     ring_form = schedule.stage_readers, stages, (4, 2)
     results = Results(None, buffers, 1, works, *ring_form, machine, outs, inputs, defaultdict(list))
-    tiles = Tiles(sizes, short, parts)
+    tiles = Tiles(sizes, short, parts, none)
     gemm = GroupedGemm("test", cluster, tiles, main, results)
     bars = queue.barriers(Address(0))
     queue.init(bars)
@@ -231,7 +232,7 @@ def run_ctas(
     for cta, warp in itertools.product(range(cluster), range(4, WARPS)):
         consumer = warp // 4 - 1
         mine = [i for i in range(len(sizes)) if i % schedule.turns == consumer % schedule.turns]
-        mine = [i for i in mine if not (i in short and schedule.first_block(consumer, 128))]
+        mine = [i for i in mine if i not in none and not (i in short and schedule.first_block(consumer, 128))]
         for (tile, accumulators, read), i in zip(results.found[cta * WARPS + warp], mine, strict=True):
             assert tile == i and read == [(i, FED, j) for j in range(results.ring_steps if inputs else 0)]
             assert accumulators == [tiles.products(i)] * 2
@@ -256,8 +257,9 @@ def test_outputs_leave_from_the_ring(emulate: Any, works: int, outs: int, buffer
     given = {"works": works, "outs": outs, "buffers": buffers}
     for seed, short in enumerate(((), (0,), (1, 2, 4), (4,))):
         for k_steps in (1, 4, 9):
-            sizes = (k_steps,) * 5
-            run_ctas(emulate, Cooperative(), stages, sizes, True, seed, inputs=seed % 2 == 0, short=short, **given)
+            sizes, inputs = (k_steps,) * 5, seed % 2 == 0
+            run_ctas(emulate, Cooperative(), stages, sizes, True, seed, inputs=inputs, short=short, **given)
+            run_ctas(emulate, Cooperative(), stages, sizes, True, seed, inputs=inputs, none=short, **given)
 
 
 @pytest.mark.parametrize("schedule", [Cooperative(), PingPong()], ids=str)

@@ -41,7 +41,8 @@ def sources(spec: GemmSpec) -> tuple:
 
 def grouped_m(spec: GemmSpec, columns: int, k_halves: int) -> GroupedM:
     steps = k_halves * ceil_div(spec.k, spec.tile.tile_k)
-    return GroupedM(spec.groups, spec.tile.tile_m, ceil_div(spec.n, columns), steps)
+    splits = SCHEDULES[spec.tile.schedule].splits
+    return GroupedM(spec.groups, spec.tile.tile_m, ceil_div(spec.n, columns), steps, splits)
 
 
 def up_proj(spec: GemmSpec):

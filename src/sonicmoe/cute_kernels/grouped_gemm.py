@@ -25,7 +25,7 @@ from .scheduler import CONSUMERS
 
 THREADS = (1 + CONSUMERS) * WARPGROUP
 # registers per thread after the split; their sum over the three warpgroups may not pass 65536 / 128
-GATHER_REGISTERS = (40, 232)
+GATHER_REGISTERS = (56, 224)
 BULK_REGISTERS = (24, 240)
 
 
@@ -110,16 +110,16 @@ class GroupedGemm:
         cute.arch.setmaxregister_decrease(self.registers[0])
         if warp < (4 if main.ring.gathers else 1):
             step = Uint32(0)
-            turn, turns, rank = self.first_turn()
-            count = self.groups.count(table)
-            while turn < count:
-                tile = self.groups.tile(turn, rank, cu_rows, table, lane)
+            turn, clusters, rank = self.first_turn()
+            turns = self.groups.turns(table, clusters)
+            while turn < turns.count:
+                tile = self.groups.tile(turn, turns.halves, rank, cu_rows, table, lane)
                 load_a = main.a.open(a, smem_a, tile, tid, rank)
                 load_b = main.b.open(b, smem_b, tile, tid, rank)
                 step = main.produce(bars, load_a, load_b, tile.k_steps, step, warp)
                 load = epilogue.feed(outputs, tile, (smem_b, smem_a), main.schedule, main.tile_m)
                 step = main.feed(bars, load, epilogue.ring_steps, epilogue.ring_bytes, step, warp)
-                turn += turns
+                turn += clusters
             main.ring.drain(bars, step)
 
     @cute.jit
@@ -131,16 +131,16 @@ class GroupedGemm:
         smem_a, smem_b = storage.a.data_ptr(), storage.b.data_ptr()
         fragments = main.fragments(tiled_mma, smem_a, smem_b, consumer)
         first_block = schedule.first_block(consumer, main.tile_m)
-        turn, turns, rank = self.first_turn()
-        turn += schedule.first(consumer) * turns
+        turn, clusters, rank = self.first_turn()
+        turn += schedule.first(consumer) * clusters
         step = Uint32(0)
         if const_expr(schedule.turns > 1):  # every tile has the same number of k steps
             step = Uint32(consumer * (self.groups.k_steps + epilogue.ring_steps))
-        count = self.groups.count(table)
+        turns = self.groups.turns(table, clusters)
         schedule.start(consumer)
         late = Late(main.ring, warp, epilogue.ring_steps > 0)
-        while turn < count:
-            tile = self.groups.tile(turn, rank, cu_rows, table, lane.lane)
+        while turn < turns.count:
+            tile = self.groups.tile(turn, turns.halves, rank, cu_rows, table, lane.lane)
             if self.groups.has_rows(tile, first_block):
                 state = epilogue.open(outputs, tile, lane, first_block)
                 step = main.consume(tiled_mma, bars, fragments, tile, step, consumer, late)
@@ -150,12 +150,12 @@ class GroupedGemm:
             else:
                 step = main.pass_by(bars, tile.k_steps + epilogue.ring_steps, step, late)
             step += (schedule.turns - 1) * (tile.k_steps + epilogue.ring_steps)
-            turn += schedule.turns * turns
+            turn += schedule.turns * clusters
         late.release(bars, step)
         epilogue.drain(lane)
 
     def first_turn(self):
-        """(the cluster's first turn, turns between two of its own, rank of this CTA in the cluster)"""
+        """(the cluster's first turn, clusters, rank of this CTA in the cluster)"""
         cta, ctas = Int32(cute.arch.block_idx()[0]), Int32(cute.arch.grid_dim()[0])
         return cta // self.cluster, ctas // self.cluster, cta % self.cluster
 

@@ -5,6 +5,9 @@ same number of tiles, an empty one with no k step, so that its result is written
 
 A number is that of a turn: one tile for each CTA of a cluster. In GroupedK these are neighbours along m, with the same
 columns of B; a tile past the end of m, which an odd number leaves over, reads zeros and stores nothing.
+
+Turns are taken in rounds, one by each cluster. What GroupedM has left for a last round it may give out by halves, the
+upper and the lower 64 rows of a tile, if there are CTAs enough: that round is then shorter.
 """
 
 from dataclasses import dataclass
@@ -20,6 +23,11 @@ BLOCK_M = 64  # rows of one wgmma
 
 def ceil_div(a, b):
     return (a + b - 1) // b
+
+
+class Turns(NamedTuple):
+    count: Int32
+    halves: Int32  # from this one on they are half tiles, two after another of the same tile
 
 
 class Tile(NamedTuple):
@@ -38,6 +46,7 @@ class GroupedM:
     tile_m: int
     n_tiles: int
     k_steps: int
+    splits: bool  # whether half a tile takes less time
 
     reduces_rows = False
 
@@ -68,16 +77,26 @@ class GroupedM:
         if lane == 0:
             table[self.segments * WARP] = carry
 
-    def count(self, table: cute.Tensor) -> Int32:
-        return table[self.segments * WARP] * self.n_tiles
+    def turns(self, table: cute.Tensor, clusters: Int32) -> Turns:
+        tiles = table[self.segments * WARP] * self.n_tiles
+        rest = tiles % clusters
+        if not self.splits:
+            return Turns(tiles, tiles)
+        rest = cutlass.select_(2 * rest <= clusters, rest, Int32(0))
+        return Turns(tiles + rest, tiles - rest)
 
     def has_rows(self, tile: Tile, first_block):
         """Whether the tile has rows from its 64-row block `first_block` on. From the first on all have."""
         return isinstance(first_block, int) or first_block * BLOCK_M < tile.rows
 
     @cute.jit
-    def tile(self, turn: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
+    def tile(self, turn: Int32, halves: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
         """Whole warp: each lane first looks at a segment of the table, then at one group of the segment found."""
+        lower = Int32(0)
+        if const_expr(self.splits):
+            of_halves = cutlass.max(turn - halves, 0)
+            lower = of_halves % 2
+            turn = turn - (of_halves + 1) // 2
         m = turn // self.n_tiles
         segments = const_expr(self.segments)
         segment = cute.arch.popc(cute.arch.vote_ballot_sync(table[(lane + 1) * segments] <= m))
@@ -85,8 +104,10 @@ class GroupedM:
         if lane < segments:
             before = table[segment * segments + lane + 1] <= m
         group = segment * segments + cute.arch.popc(cute.arch.vote_ballot_sync(before))
-        row = cu_rows[group] + (m - table[group]) * self.tile_m
+        row = cu_rows[group] + (m - table[group]) * self.tile_m + lower * (self.tile_m // 2)
         rows = cu_rows[group + 1] - row
+        if const_expr(self.splits):
+            rows = cutlass.select_(turn >= halves, cutlass.min(rows, self.tile_m // 2), rows)
         return Tile(group, row, rows, Int32(0), turn - m * self.n_tiles, Int32(0), Int32(self.k_steps))
 
 
@@ -108,11 +129,12 @@ class GroupedK:
     def has_rows(self, tile: Tile, first_block) -> bool:
         return True
 
-    def count(self, table: cute.Tensor) -> Int32:
-        return Int32(self.groups * ceil_div(self.m_tiles, self.cluster) * self.n_tiles * self.halves)
+    def turns(self, table: cute.Tensor, clusters: Int32) -> Turns:
+        count = Int32(self.groups * ceil_div(self.m_tiles, self.cluster) * self.n_tiles * self.halves)
+        return Turns(count, count)
 
     @cute.jit
-    def tile(self, turn: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
+    def tile(self, turn: Int32, halves: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):
         of_half = const_expr(self.n_tiles)
         of_m = const_expr(of_half * self.halves)
         of_group = const_expr(of_m * ceil_div(self.m_tiles, self.cluster))

@@ -23,6 +23,7 @@ class Cooperative:
 
     stage_readers = CONSUMERS  # warpgroups that read a stage
     turns = 1  # tiles of the CTA between two tiles of a warpgroup
+    splits = True  # half a tile takes less time: the other warpgroup has nothing to do
 
     def blocks(self, tile_m: int) -> int:
         """64-row blocks of a warpgroup"""
@@ -50,6 +51,7 @@ class PingPong:
 
     stage_readers = 1
     turns = CONSUMERS
+    splits = False
 
     def blocks(self, tile_m: int) -> int:
         return tile_m // 64

@@ -79,6 +79,8 @@ class TopKSpec:
 class TopKBackwardSpec:
     """Gradients of all logits from those of the scores.
 
+    adds: to what dlogits holds.
+
     The launch takes dscores (T, top) fp32, ids (T, top) int32, logits (T, experts), dlogits likewise.
     """
 
@@ -88,6 +90,7 @@ class TopKBackwardSpec:
     kind: str = "topk_softmax"
     renormalize: bool = False
     scale: float = 1.0
+    adds: bool = False
 
     @property
     def name(self) -> str:
@@ -113,7 +116,7 @@ class TopKBackwardSpec:
 
         scores = Scores(self.kind, self.renormalize, self.scale)
         tokens = cute.sym_int()
-        return TopKBackward(Row(self.experts, self.dtype), self.top, scores), (
+        return TopKBackward(Row(self.experts, self.dtype), self.top, scores, self.adds), (
             fake(cutlass.Float32, tokens, self.top, alignment=4),
             fake(cutlass.Int32, tokens, self.top, alignment=4),
             fake(DTYPES[self.dtype], tokens, self.experts),
@@ -148,6 +151,8 @@ def aot_specs() -> list[TopKSpec | TopKBackwardSpec]:
     ]
     backward = [
         TopKBackwardSpec(128, 8, "fp32"),
+        TopKBackwardSpec(128, 8, "bf16", adds=True),
+        TopKBackwardSpec(100, 8, "fp16", "softmax_topk", adds=True),
         TopKBackwardSpec(256, 16, "bf16", "softmax_topk", renormalize=True),
         TopKBackwardSpec(256, 8, "fp32", "sigmoid", True, 2.5),
         TopKBackwardSpec(33, 33, "fp16", "softmax_topk"),

@@ -2,7 +2,8 @@
 
 Run by its path, with the packages above its modules in name only: importing torch, which compiling does not need, would
 take longer than a kernel. It imports the compiler and the kernels' sources, and a child forked from it compiles each
-kernel: nothing of the compiler runs before the fork. What goes wrong is left to the process that needs the kernel: it compiles it and says so.
+kernel: nothing of the compiler runs before the fork. What goes wrong is left to the process that needs the kernel: it
+compiles it and says so.
 """
 
 import importlib

@@ -15,7 +15,7 @@ from sonicmoe.ops.down_proj import down_proj
 from sonicmoe.ops.down_wgrad import down_wgrad, down_wgrad_add_
 from sonicmoe.ops.plan import plan, plan_has_kernel
 from sonicmoe.ops.token_rounding import token_rounding, token_rounding_backward, token_rounding_has_kernel
-from sonicmoe.ops.topk import topk, topk_backward, topk_has_kernel
+from sonicmoe.ops.topk import topk, topk_backward, topk_backward_add_, topk_has_kernel
 from sonicmoe.ops.up_dgrad import up_dgrad
 from sonicmoe.ops.up_proj import up_proj
 from sonicmoe.ops.up_wgrad import up_wgrad, up_wgrad_add_
@@ -42,6 +42,7 @@ __all__ = [
     "token_rounding_has_kernel",
     "topk",
     "topk_backward",
+    "topk_backward_add_",
     "topk_has_kernel",
     "up_dgrad",
     "up_proj",

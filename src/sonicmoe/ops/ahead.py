@@ -41,16 +41,18 @@ def compile_layer(
     per_token: int | None,
     training: bool,
     router: Router | None = None,
+    as_one: bool = False,
 ) -> None:
     """Have a layer's kernels compiled, once in a process; returns at once.
 
     sizes: E, H, I. biases: whether there are b1 and b2. per_token: slots of each token, None for a variable number.
-    router: also its kernels, and those of the load balancing loss. Raises InvalidArgument if no kernel fits.
+    router: also its kernels, and those of the load balancing loss. as_one: whether the scores' gradients are added to
+    the loss's. Raises InvalidArgument if no kernel fits.
     """
     name = NAMES.get(dtype, "")
     if name in ("bf16", "fp16"):
         act = Activation.parse(activation)
-        routing = router_specs(sizes[0], name, router, training) if router else []
+        routing = router_specs(sizes[0], name, router, training, as_one) if router else []
         experts = expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)
         compile_ahead([*routing[:1], *experts, *routing[1:]])
 
@@ -94,7 +96,7 @@ def expert_specs(
     ]
 
 
-def router_specs(experts: int, dtype: str, router: Router, training: bool) -> list[Spec]:
+def router_specs(experts: int, dtype: str, router: Router, training: bool, as_one: bool) -> list[Spec]:
     """Of the routing and of `load_balancing_loss`."""
     k, scoring, renormalize, rounding = router
     forward: list[Spec]
@@ -102,7 +104,7 @@ def router_specs(experts: int, dtype: str, router: Router, training: bool) -> li
     if rounding is None:
         form = (scoring, renormalize, 1.0)
         forward = [TopKSpec(experts, k, dtype, *form, False, 1, 1), PlanSpec(experts, k, "i32")]
-        backward = [TopKBackwardSpec(experts, k, dtype, *form)]
+        backward = [TopKBackwardSpec(experts, k, dtype, *form, as_one)]
     else:
         tile_m, rule = rounding
         forward, backward = [RoundingSpec(experts, k, dtype, rule, tile_m)], [RoundingBackwardSpec(experts, dtype)]

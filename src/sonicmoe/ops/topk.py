@@ -1,4 +1,5 @@
-"""topk: the k best experts of each token and their scores; topk_backward: the logits' gradients from the scores'."""
+"""topk: the k best experts of each token and their scores; topk_backward: the logits' gradients from the scores';
+topk_backward_add_: adds them to others."""
 
 from __future__ import annotations
 
@@ -78,15 +79,19 @@ def _backward_fake(
     return logits.new_empty(logits.shape)
 
 
+def _backward_launch(dlogits: Tensor, dscores: Tensor, ids: Tensor, logits: Tensor, *form: str | bool | float) -> None:
+    tokens, experts = logits.shape
+    if tokens:
+        dtype = dtype_name("logits", logits, LOGITS)
+        _, function = kernel(logits, TopKBackwardSpec, experts, ids.shape[1], dtype, *form)
+        function(dscores.contiguous(), ids, aligned(logits), dlogits)
+
+
 def _backward_cute(
     dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float
 ) -> Tensor:
-    tokens, experts = logits.shape
-    dlogits = logits.new_empty(tokens, experts)
-    form = (dtype_name("logits", logits, LOGITS), scoring, renormalize, scale)
-    if tokens:
-        _, function = kernel(logits, TopKBackwardSpec, experts, ids.shape[1], *form)
-        function(dscores.contiguous(), ids, aligned(logits), dlogits)
+    dlogits = logits.new_empty(*logits.shape)
+    _backward_launch(dlogits, dscores, ids, logits, scoring, renormalize, scale, False)
     return dlogits
 
 
@@ -96,4 +101,26 @@ topk_backward = define(
     fake=_backward_fake,
     reference=reference.topk_backward,
     cute=_backward_cute,
+)
+
+
+def _add_fake(
+    dlogits: Tensor, dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float,
+    backend: str,
+) -> None:  # fmt: skip
+    return None
+
+
+def _add_cute(
+    dlogits: Tensor, dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float
+) -> None:
+    _backward_launch(dlogits, dscores, ids, logits, scoring, renormalize, scale, True)
+
+
+topk_backward_add_ = define(
+    "topk_backward_add_(Tensor(a!) dlogits, Tensor dscores, Tensor ids, Tensor logits, str scoring, bool renormalize, "
+    "float scale, str backend) -> ()",
+    fake=_add_fake,
+    reference=reference.topk_backward_add_,
+    cute=_add_cute,
 )

@@ -20,7 +20,7 @@ from sonicmoe.reference.balance import load_balance, load_balance_backward
 from sonicmoe.reference.forward import aggregate, down_proj, up_proj
 from sonicmoe.reference.plan import plan
 from sonicmoe.reference.token_rounding import token_rounding, token_rounding_backward
-from sonicmoe.reference.topk import topk, topk_backward
+from sonicmoe.reference.topk import topk, topk_backward, topk_backward_add_
 
 __all__ = [
     "aggregate",
@@ -36,6 +36,7 @@ __all__ = [
     "token_rounding_backward",
     "topk",
     "topk_backward",
+    "topk_backward_add_",
     "up_dgrad",
     "up_proj",
     "up_wgrad",

@@ -42,6 +42,17 @@ def topk_backward(
     dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float
 ) -> Tensor:
     """Gradients (T, E) of logits, in their dtype, from those of the scores (T, k) of the experts ids."""
+    return _gradients(dscores, ids, logits, scoring, renormalize, scale).to(logits.dtype)
+
+
+def topk_backward_add_(
+    dlogits: Tensor, dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float
+) -> None:
+    """Add them to dlogits, rounded once."""
+    dlogits.copy_(working(dlogits) + _gradients(dscores, ids, logits, scoring, renormalize, scale))
+
+
+def _gradients(dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float) -> Tensor:
     z = working(logits)
     ids = ids.long()
     d = dscores.to(z.dtype) * scale
@@ -58,10 +69,10 @@ def topk_backward(
         d = (d - common * part) * part
         common = common * part * (part * RENORMALIZE_EPSILON)
     if scoring == "sigmoid":
-        return torch.zeros_like(z).scatter(1, ids, d * p * (1 - p)).to(logits.dtype)
+        return torch.zeros_like(z).scatter(1, ids, d * p * (1 - p))
     others = -common * of_all if scoring == "softmax_topk" else torch.zeros_like(z)
     # A logit of +inf has no gradient, and leaves no probability to any that is less.
-    return others.scatter(1, ids, p * (d - common)).masked_fill(logits.isinf(), 0).to(logits.dtype)
+    return others.scatter(1, ids, p * (d - common)).masked_fill(logits.isinf(), 0)
 
 
 def best(values: Tensor, k: int) -> Tensor:

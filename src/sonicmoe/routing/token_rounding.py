@@ -137,9 +137,10 @@ class TokenRounding(NamedTuple):
         rounded = Rounded(*run.token_rounding(logits, draws, self.k, self.tile_m, self.rule, num_slots, "cute"))
         return _routing(rounded, logits), (rounded.cu_slots, rounded.chosen, rounded.kept)
 
-    def backward(self, run: Any, dscores: Tensor, logits: Tensor, *kept: Tensor) -> Tensor:
-        """The gradients of logits from those of the routing's scores."""
-        return run.token_rounding_backward(dscores, logits, *kept, "cute")
+    def backward(self, run: Any, dlogits: Tensor | None, dscores: Tensor, logits: Tensor, *kept: Tensor) -> Tensor:
+        """The gradients of logits from those of the routing's scores, added to dlogits if there are any."""
+        of_scores = run.token_rounding_backward(dscores, logits, *kept, "cute")
+        return of_scores if dlogits is None else dlogits.add_(of_scores)
 
 
 class RoundingCounts(NamedTuple):

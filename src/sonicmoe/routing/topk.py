@@ -151,7 +151,11 @@ class TopK(NamedTuple):
         cu_rows, row_token, row_slot, slot_row = run.plan(ids, None, experts, "cute")
         return Routing(scores.view(-1), cu_rows, row_token, row_slot, slot_row, None, tokens), (ids,)
 
-    def backward(self, run: Any, dscores: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
-        """The gradients of logits from those of the routing's scores."""
+    def backward(self, run: Any, dlogits: Tensor | None, dscores: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+        """The gradients of logits from those of the routing's scores, added to dlogits if there are any."""
         kind, renormalize, _, _, scale = self.scoring
-        return run.topk_backward(dscores.view(ids.shape), ids, logits, kind, renormalize, scale, "cute")
+        arguments = (dscores.view(ids.shape), ids, logits, kind, renormalize, scale, "cute")
+        if dlogits is None:
+            return run.topk_backward(*arguments)
+        run.topk_backward_add_(dlogits, *arguments)
+        return dlogits

@@ -2,7 +2,8 @@
 
 The scores are computed anew from the logits, so that nothing but logits and ids is kept. A token's row is first written
 as if nothing were chosen, zeros or the softmax's common term, in whole chunks; then the lanes of the chosen experts
-overwrite theirs. Reads K logits of a token, all E for a softmax over all; keeps that row in registers.
+overwrite theirs. Reads K logits of a token, all E for a softmax over all; keeps that row in registers. If it adds to
+gradients that are there, it reads and writes those of the chosen experts alone, but for a softmax over all.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class TopKBackward:
     row: Row
     top: int
     scores: Scores
+    adds: bool
 
     @cute.jit
     def __call__(self, dscores: cute.Tensor, ids: cute.Tensor, logits: cute.Tensor, dlogits: cute.Tensor, stream):
@@ -44,10 +46,16 @@ class TopKBackward:
             if const_expr(self.scores.over_all):
                 weights, top, rest = softmax_terms(load_row(self.row, logits, token, lane))
             gradients, common = self.scores.gradients(self.scores.terms(chosen, top, rest), dchosen)
-            self.store_others(dlogits, token, lane, weights, -common * rest)
-            cute.arch.sync_warp()
-            for i, (expert, gradient) in enumerate(zip(experts, gradients, strict=True)):
-                self.row.store_one(dlogits, token, expert, gradient, Boolean(i * WARP + lane < self.top))
+            valid = [Boolean(i * WARP + lane < self.top) for i in range(len(experts))]
+            if const_expr(self.adds):
+                there = [self.row.load_one(dlogits, token, e, v) for e, v in zip(experts, valid, strict=True)]
+                gradients = [t + g for t, g in zip(there, gradients, strict=True)]
+                cute.arch.sync_warp()
+            if const_expr(self.scores.over_all or not self.adds):
+                self.store_others(dlogits, token, lane, weights, -common * rest)
+                cute.arch.sync_warp()
+            for expert, gradient, v in zip(experts, gradients, valid, strict=True):
+                self.row.store_one(dlogits, token, expert, gradient, v)
 
     def load_chosen(self, dscores, ids, logits, token: Int32, lane: Int32) -> tuple:
         """(experts, gradients of their scores, their logits) of a lane's slots"""
@@ -64,4 +72,7 @@ class TopKBackward:
     def store_others(self, dlogits, token: Int32, lane: Int32, weights: list, factor: Float32) -> None:
         for piece in range(self.row.pieces):
             values = [w * factor for w in self.row.piece_of(weights, piece)] or [Float32(0.0)] * self.row.together
+            if self.adds:
+                there = self.row.load(dlogits, token, piece, lane)
+                values = [t + value for t, value in zip(there, values, strict=True)]
             self.row.store(dlogits, token, piece, lane, values)
