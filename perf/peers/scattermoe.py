@@ -13,6 +13,8 @@ from perf.layers import Layer, of_experts
 from perf.peers.base import gate_function, why_not_activation
 from perf.problem import Problem
 
+ADDRESSED = 1 << 31
+
 
 class ScatterMoE:
     name = "scattermoe"
@@ -23,6 +25,8 @@ class ScatterMoE:
             return "the package scattermoe is not installed"
         if not problem.form.device.startswith("cuda"):
             return "it needs a GPU"
+        if max(problem.w1.numel(), problem.w2.numel()) > ADDRESSED:
+            return f"it addresses weights of up to {ADDRESSED} elements, by 32-bit products of expert and stride"
         return why_not_activation(problem.form.kind)
 
     def build(self, problem: Problem, router: bool) -> Layer:

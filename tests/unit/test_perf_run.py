@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from perf import ledger, run, shapes
 from perf.ledger import Row
+from perf.peers import scattermoe
 from perf.problem import Form
 from perf.roofline import KERNELS
 from perf.what import host, router
@@ -163,3 +166,16 @@ def test_breakdown_adds_up(tmp_path: Path) -> None:
     assert all(parts[k] > 0 for k in KERNELS)
     inner = sum(ms for part, ms in parts.items() if part != "layer")
     assert inner == pytest.approx(parts["layer"], rel=0.3)
+
+
+def test_scattermoe_is_left_out_where_its_addresses_would_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an illegal access, after which no other peer of the process can run."""
+    monkeypatch.setattr(scattermoe.importlib.util, "find_spec", lambda name: True)
+
+    def why_not(experts: int) -> str | None:
+        w1, w2 = (torch.empty(experts, *size, device="meta") for size in ((4096, 7168), (7168, 2048)))
+        problem: Any = SimpleNamespace(w1=w1, w2=w2, form=Form(device="cuda"))
+        return scattermoe.ScatterMoE().why_not(problem)
+
+    assert "addresses weights" in (why_not(256) or "")
+    assert why_not(64) is None
