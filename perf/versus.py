@@ -1,0 +1,139 @@
+"""Grouped GEMMs of several source trees, timed in turns with each other and with cuBLAS, in one process.
+
+    git worktree add ../before HEAD~1
+    python -m perf.versus ../before . --shape 7b 30b --kernel up_proj down_dgrad
+
+For those who change kernels: between two runs clocks and temperature differ by more than most changes are worth. Each
+tree compiles its own kernels, with the tile configurations that it chooses, in a process of its own; all are launched
+from here, so they must take the same arguments. What a kernel computes is checked. Times are percentages of the speed
+of torch.bmm: nothing is written to the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perf import kernels, roofline, shapes, tables, tune
+from perf.problem import Form
+from perf.protocol import Settings, clock_of, measure, simple
+from perf.shapes import Shape
+from sonicmoe.configs.choice import gpu_key
+from sonicmoe.cute_kernels.variants import GemmSpec
+from sonicmoe.jit import compile as compiler
+from sonicmoe.ops import _gemm
+
+CHILD = Path(__file__).with_name("versus_child.py")
+TIMEOUT = 600
+Kernel = Callable[..., None]
+
+
+def gemms(shape: Shape, form: Form, wanted: Sequence[str]) -> dict[str, GemmSpec]:
+    """What the launches of a layer's GEMMs ask for, by kernel; the tile configurations are this tree's."""
+    return {name: spec for name, spec in tune.specs(shape, form).items() if name in wanted}
+
+
+def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> list[tuple[str | None, str]]:
+    """For each spec, with the tree's own tile configuration: (file, the configuration) or (None, what went wrong).
+
+    Raises RuntimeError if the tree's sonicmoe cannot be run at all.
+    """
+    told = [[s.variant, s.groups, s.n, s.k, s.dtype, s.halves, s.act and str(s.act)] for s in specs]
+    path = os.pathsep.join([str(tree.resolve() / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", str(CHILD)],
+        input=json.dumps({"gpu": gpu, "jobs": jobs, "gemms": told}),
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{tree}: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
+    return [(file, text) for file, text in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+def by(kernel: Kernel, variant: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The op's call, with this kernel in the place of the one that it would launch."""
+
+    def run() -> Any:
+        with _gemm.replaced(variant, kernel):
+            return call()
+
+    return run
+
+
+def compare(shape: Shape, form: Form, found: dict[str, dict[str, Kernel]], settings: Settings) -> list[list[str]]:
+    """A line per kernel: its name, ms of torch.bmm, then for each tree the share of its speed, or what is wrong.
+
+    found: by kernel and tree.
+    """
+    i = kernels.inputs(shape, form, "topk")
+    ours, bounds, cases, wrong = kernels.calls(i), kernels.bounds(i), {}, {}
+    for name, of_trees in found.items():
+        for tree, kernel in of_trees.items():
+            call = by(kernel, name, ours[name])
+            bad = kernels.wrong(kernels.errors(name, i, call()), i.x.dtype)
+            if bad:
+                wrong[tree, name] = "WRONG"
+            else:
+                cases[f"{name} {tree}"] = simple(call)
+        cases[f"{name} cublas"] = simple(bounds[name])
+    times = {case: samples.times().p50 for case, samples in measure(cases, clock_of(form.device), settings).items()}
+    lines = []
+    for name, of_trees in found.items():
+        bound = times[f"{name} cublas"]
+        shares = [wrong.get((t, name)) or tables.percent(bound / times[f"{name} {t}"]) for t in of_trees]
+        lines.append([f"{shape.name} {name}", tables.cell(bound, 4), *shares])
+    return lines
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m perf.versus", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("tree", nargs="+", type=Path, help="a checkout, with src/sonicmoe in it")
+    p.add_argument("--shape", nargs="+", default=[], help="names or groups, as of perf.run; default 7b")
+    p.add_argument("--thiek", action="append", default=[], metavar="T,H,I,E,K", help="another shape, by its numbers")
+    p.add_argument("--kernel", nargs="+", default=list(roofline.GEMMS), choices=roofline.GEMMS)
+    p.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    p.add_argument("--repeats", type=int, default=20)
+    p.add_argument("--warm-seconds", type=float, default=1.0)
+    p.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that compile")
+    return p
+
+
+def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
+    """0 if every tree's kernels could be compiled and were right."""
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels are timed on a GPU, and there is none")
+    form, trees = Form(dtype=arguments.dtype, device=device, backend="cute"), [str(t) for t in arguments.tree]
+    gpu, lines, failed = gpu_key(torch.cuda.get_device_name(device)), [], []
+    settings = Settings(arguments.repeats, arguments.warm_seconds, max_spin=0.1)
+    names = arguments.shape or ([] if arguments.thiek else ["7b"])
+    for shape in shapes.named(names) + [shapes.parse_thiek(text) for text in arguments.thiek]:
+        wanted = gemms(shape, form, arguments.kernel)
+        found: dict[str, dict[str, Kernel]] = {name: {} for name in wanted}
+        for tree in trees:
+            answers = compile_tree(Path(tree), list(wanted.values()), gpu, arguments.jobs)
+            for name, (file, text) in zip(wanted, answers, strict=True):
+                if file is None:
+                    failed.append(f"{tree} {shape.name} {name}: {text}")
+                else:
+                    found[name][tree] = compiler.load(Path(file))
+        complete = {name: of_trees for name, of_trees in found.items() if len(of_trees) == len(trees)}
+        lines += compare(shape, form, complete, settings)
+        torch.cuda.empty_cache()
+    print(tables.text(("kernel", "torch.bmm ms", *trees), lines))
+    print("\n".join(failed), file=sys.stderr)
+    return 1 if failed or any("WRONG" in line for line in lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(parser().parse_args()))

@@ -1,0 +1,84 @@
+"""Kernels of several source trees: each compiles its own, and a measurement launches the one that it was given."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+from perf import environment, versus
+from perf.problem import Form
+from perf.protocol import Settings
+from perf.shapes import Shape
+from sonicmoe.jit import cache, compile
+from sonicmoe.ops import _gemm
+
+SHAPE = Shape("small", 64, 64, 64, 4, 2)
+FORM = Form(device="cpu", backend="torch")
+
+
+@pytest.fixture
+def trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """This tree, and a copy whose kernels have other sources; a cache for both."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    other = tmp_path / "other"
+    shutil.copytree(environment.ROOT / "src", other / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    file = other / "src" / "sonicmoe" / "cute_kernels" / "grouped_gemm.py"
+    file.write_text(file.read_text() + "\n# another kernel\n")
+    return environment.ROOT, other
+
+
+def test_each_tree_compiles_its_own(trees: tuple[Path, Path]) -> None:
+    specs = list(versus.gemms(SHAPE, FORM, ["down_proj"]).values())
+    files = []
+    for tree in trees:
+        ((file, tile),) = versus.compile_tree(tree, specs, "h200", jobs=1)
+        assert file is not None and Path(file).suffix == compile.suffix() and "pingpong" in tile
+        files.append(Path(file))
+        with pytest.raises(ValueError, match="device_type=cuda"):
+            a, b, out = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((8, 64), (4, 64, 64), (8, 64)))
+            compile.load(files[-1])((a,), (b,), (out, None), torch.zeros(5, dtype=torch.int32), 1)
+    assert files[0] != files[1] and all(f.exists() for f in files)
+
+
+def test_what_cannot_be_compiled_is_told(trees: tuple[Path, Path], tmp_path: Path) -> None:
+    odd = Shape("odd", 64, 60, 64, 4, 2)
+    ((file, reason),) = versus.compile_tree(trees[0], list(versus.gemms(odd, FORM, ["down_proj"]).values()), "", 1)
+    assert file is None and "multiples of 8" in reason
+    with pytest.raises(RuntimeError, match="nothing"):
+        empty = tmp_path / "nothing"
+        (empty / "src" / "sonicmoe").mkdir(parents=True)
+        (empty / "src" / "sonicmoe" / "__init__.py").touch()
+        versus.compile_tree(empty, [], "", 1)
+
+
+def test_a_replaced_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_gemm.jit, "kernel", lambda spec: f"own {spec.variant}")
+    what = (4, 64, 64, "bf16")
+    _gemm._forget()
+    with _gemm.replaced("down_proj", print):
+        assert _gemm._kernel(0, "down_proj", *what) == (print, 132)
+        assert _gemm._kernel(0, "up_dgrad", *what)[0] == "own up_dgrad"
+    assert _gemm._kernel(0, "down_proj", *what)[0] == "own down_proj"
+    _gemm._forget()
+
+
+def test_shares_and_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tree whose kernel leaves zeros: on a CPU each `kernel` says by which body the op is computed."""
+
+    def by(kernel: Any, variant: str, call: Any) -> Any:
+        return lambda: kernel(call())
+
+    monkeypatch.setattr(versus, "by", by)
+    right, zeros = (lambda out: out), (lambda out: tuple(torch.zeros_like(t) for t in out))
+    found = {name: {"a": right, "b": zeros} for name in ("down_proj", "up_wgrad")}
+    lines = versus.compare(SHAPE, FORM, found, Settings(2, 0.0))
+    assert [line[0] for line in lines] == ["small down_proj", "small up_wgrad"]
+    assert all(line[2].endswith("%") and line[3] == "WRONG" for line in lines)
