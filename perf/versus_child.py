@@ -27,8 +27,8 @@ def compiled(request: tuple[str, list[Any]]) -> tuple[str | None, str]:
         cache.fill(spec)
         folder = cache.folder()
         assert folder is not None, "SONICMOE_CACHE_DIR is empty"
-        path = cache.path_of(spec, folder)
-        return (str(path), str(tile)) if path.exists() else (None, spec.why_invalid() or "another process has it")
+        found = [path for path in cache.forms(cache.path_of(spec, folder)) if path.exists()]
+        return (str(found[0]), str(tile)) if found else (None, spec.why_invalid() or "another process has it")
     except Exception as error:
         return None, f"{type(error).__name__}: {str(error).strip()[:500]}"
 

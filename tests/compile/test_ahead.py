@@ -42,7 +42,7 @@ def _wait() -> None:
 
 
 def _there(folder: Path) -> list[bool]:
-    return [cache.path_of(spec, folder).exists() for spec in SPECS]
+    return [cache.is_there(spec, folder) for spec in SPECS]
 
 
 def test_a_worker_compiles_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_the_caller_waits_for_its_worker(folder: Path, monkeypatch: pytest.Monke
     for spec in SPECS:
         kernels.kernel(spec)
     _wait()
-    assert sorted(f.suffix for f in folder.iterdir() if f.suffix != ".lock") == [compile.suffix()] * 3
+    assert len([f for f in folder.iterdir() if f.suffix != ".lock"]) == 3
 
 
 def test_a_worker_that_ends_without_a_kernel_leaves_it_to_the_caller(
@@ -81,7 +81,8 @@ def test_nothing_is_asked_for_twice_nor_what_is_there(folder: Path) -> None:
     assert len(ahead._workers) == 1
     _wait()
     ahead._asked.clear()
-    cache.path_of(SPECS[1], folder).unlink()
+    for form in cache.forms(cache.path_of(SPECS[1], folder)):
+        form.unlink(missing_ok=True)
     ahead.compile_ahead(SPECS[:2])
     assert len(ahead._workers) == 1, "one is there, a single one is left to the caller"
 

@@ -67,15 +67,19 @@ def test_a_loaded_kernel_checks_its_arguments(folder: Path, compiled: list[Any])
         function(*_arguments())
 
 
+def _kernels(folder: Path) -> list[Path]:
+    return [f for f in folder.iterdir() if f.suffix != ".lock"]
+
+
 def test_one_file_per_kernel_named_by_its_spec(folder: Path) -> None:
-    (file,) = folder.glob(f"*{compile.suffix()}")
-    assert file == cache.path_of(SPEC, folder) and file.name.startswith("aggregate_sm_90a-")
+    (file,) = _kernels(folder)
+    assert file in cache.forms(cache.path_of(SPEC, folder)) and file.name.startswith("aggregate_sm_90a-")
     assert cache.path_of(AggregateSpec(72, "bf16", 2, weighted=True), folder) != file
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "gone"])
 def test_a_damaged_file_is_a_miss_and_is_replaced(folder: Path, compiled: list[Any], damage: str) -> None:
-    path = cache.path_of(SPEC, folder)
+    (path,) = _kernels(folder)
     whole = path.read_bytes()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
@@ -87,7 +91,7 @@ def test_a_damaged_file_is_a_miss_and_is_replaced(folder: Path, compiled: list[A
     assert compiled == [SPEC]
     cache.function_of(SPEC)
     assert compiled == [SPEC]
-    assert [f.name for f in folder.iterdir() if f.suffix != ".lock"] == [path.name], "no part is left behind"
+    assert _kernels(folder) == [path], "no part is left behind"
 
 
 def test_other_sources_or_versions_are_other_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +161,7 @@ def test_of_many_ranks_that_start_at_once_one_compiles(tmp_path: Path) -> None:
 
 
 def test_a_lock_whose_holder_died_is_free(folder: Path, compiled: list[Any]) -> None:
-    path = cache.path_of(SPEC, folder)
+    (path,) = _kernels(folder)
     path.unlink()
     path.with_suffix(".lock").write_text("")
     cache.function_of(SPEC)
@@ -194,29 +198,34 @@ print("cutlass" in sys.modules)
 """
 
 
-@pytest.mark.skipif(compile.suffix() != ".so", reason="needs a C compiler")
+@pytest.mark.skipif(compile._linker() is None, reason="needs a C compiler")
 def test_a_linked_kernel_is_loaded_without_the_compiler(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _LOADS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"] and done.stderr == ""
 
 
-def test_without_a_c_compiler_kernels_are_objects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[Any]
+@pytest.mark.parametrize("linker", [None, "false"])
+def test_what_cannot_be_linked_is_kept_as_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[Any], linker: str | None
 ) -> None:
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(compile, "_linker", lambda: None)
-    for _ in range(2):
-        function = cache.function_of(SPEC)
-    assert compiled == [SPEC] and cache.path_of(SPEC, tmp_path).suffix == ".o"
+    monkeypatch.setattr(compile, "_linker", lambda: linker)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            function = cache.function_of(SPEC)
+    assert [str(w.message).count("false cannot link") for w in found] == ([1] if linker else [])
+    assert compiled == [SPEC] and [f.suffix for f in _kernels(tmp_path)] == [".o"]
     with pytest.raises(ValueError, match="rows: Tensor.*expected device_type=cuda"):
         function(*_arguments())
 
 
-def test_a_linker_that_fails_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[Any]
-) -> None:
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(compile, "_linker", lambda: "false")
-    with pytest.warns(UserWarning, match=r"without its cache on disk.*cannot link"):
-        cache.function_of(SPEC)
-    assert compiled == [SPEC, SPEC] and [f for f in tmp_path.iterdir() if f.suffix != ".lock"] == []
+def test_a_linked_kernel_goes_before_an_object(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cache.path_of(SPEC, folder)
+    library, object_file = cache.forms(path)
+    if not library.exists():
+        pytest.skip("needs a C compiler")
+    object_file.write_bytes(library.read_bytes())
+    assert cache._intact(path) == library and cache.is_there(SPEC, folder)
+    library.write_bytes(b"damaged")
+    assert cache._intact(path) == object_file

@@ -38,7 +38,7 @@ def test_each_tree_compiles_its_own(trees: tuple[Path, Path]) -> None:
     files = []
     for tree in trees:
         ((file, tile),) = versus.compile_tree(tree, specs, "h200", jobs=1)
-        assert file is not None and Path(file).suffix == compile.suffix() and "pingpong" in tile
+        assert file is not None and "pingpong" in tile
         files.append(Path(file))
         with pytest.raises(ValueError, match="device_type=cuda"):
             a, b, out = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((8, 64), (4, 64, 64), (8, 64)))

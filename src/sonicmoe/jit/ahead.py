@@ -49,7 +49,7 @@ def compile_ahead(specs: Iterable[Spec]) -> None:
     if root is None or jobs() == 0 or not sys.executable or hasattr(sys, "frozen") or not hasattr(os, "fork"):
         return
     new = [s for s in dict.fromkeys(specs) if s not in _asked and s.why_invalid() is None]
-    missing = [s for s in new if not cache.path_of(s, root).exists()]
+    missing = [s for s in new if not cache.is_there(s, root)]
     _asked.update(dict.fromkeys(new))
     if len(missing) > 1 and (worker := _start(missing)):
         _asked.update(dict.fromkeys(missing, worker))
@@ -60,8 +60,7 @@ def await_worker(spec: Spec) -> None:
     worker, root = _asked.get(spec), cache.folder()
     if worker is None or root is None:
         return
-    path = cache.path_of(spec, root)
-    while worker.poll() is None and not path.exists():
+    while worker.poll() is None and not cache.is_there(spec, root):
         time.sleep(_POLL)
 
 

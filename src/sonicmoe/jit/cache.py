@@ -76,7 +76,17 @@ def _version(distribution: str) -> str:
 
 def path_of(spec: Spec, root: Path) -> Path:
     key = _DIGEST(f"{fingerprint()} {spec!r}".encode()).hexdigest()[:32]
-    return root / f"{spec.name}-{key}{compiler.suffix()}"
+    return root / f"{spec.name}-{key}{compiler.LIBRARY}"
+
+
+def forms(path: Path) -> tuple[Path, Path]:
+    """The files that a kernel may be in: the library, and the object that there is where none could be linked."""
+    return path, path.with_suffix(compiler.OBJECT)
+
+
+def is_there(spec: Spec, root: Path) -> bool:
+    """Whether a kernel is in the cache; not whether it is intact."""
+    return any(form.exists() for form in forms(path_of(spec, root)))
 
 
 def function_of(spec: Spec) -> Any:
@@ -86,14 +96,14 @@ def function_of(spec: Spec) -> Any:
     if root is None:
         return compiler.compile_spec(spec)
     path = path_of(spec, root)
-    if _intact(path):
-        return compiler.load(path)
+    found = _intact(path)
+    if found:
+        return compiler.load(found)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            if not _intact(path):
-                _write(compiler.compile_spec(spec), path)
-        return compiler.load(path)
+            found = _intact(path) or _write(compiler.compile_spec(spec), path)
+        return compiler.load(found)
     except OSError as error:
         warnings.warn(f"sonicmoe compiles without its cache on disk, {root}: {error}", stacklevel=2)
         return compiler.compile_spec(spec)
@@ -111,28 +121,25 @@ def fill(spec: Spec) -> None:
             _write(compiler.compile_spec(spec), path)
 
 
-def _write(compiled: Any, path: Path) -> None:
-    """Kernel and digest, under another name first."""
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=".", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        compiler.export(compiled, part)
+def _write(compiled: Any, path: Path) -> Path:
+    """Kernel and digest, under another name first. Returns the form that it has."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        part = compiler.export(compiled, Path(folder))
         with part.open("ab") as file:
             file.write(_DIGEST(part.read_bytes()).digest())
         part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        return part.replace(path.with_suffix(part.suffix))
 
 
-def _intact(path: Path) -> bool:
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
+def _intact(path: Path) -> Path | None:
+    """The first form whose digest is right."""
     size = _DIGEST().digest_size
-    return len(content) > size and _DIGEST(content[:-size]).digest() == content[-size:]
+    for form in forms(path):
+        with contextlib.suppress(OSError):
+            content = form.read_bytes()
+            if len(content) > size and _DIGEST(content[:-size]).digest() == content[-size:]:
+                return form
+    return None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """From a spec to a file that can be loaded, by the DSL. Needs neither a GPU nor a driver nor a CUDA toolkit.
 
-Where there is a C compiler the file is a shared library, which is loaded without the DSL, whose import takes longer
-than all kernels of a layer do; elsewhere it is the DSL's object file.
+The file is a shared library where a C compiler can link one: it is loaded without the DSL, whose import takes longer
+than all kernels of a layer do. Elsewhere it is the DSL's object file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sonicmoe.jit.spec import Spec
 
 ARCH = "sm_90a"
 SYMBOL = "sonicmoe_kernel"
+LIBRARY, OBJECT = ".so", ".o"
 _OPTIONS = f"--enable-tvm-ffi --gpu-arch {ARCH}"
 # The DSL traces in module-wide state, and backward passes come from threads of their own.
 _compiling = threading.Lock()
@@ -55,39 +57,36 @@ def _linker() -> str | None:
     return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
 
 
-def suffix() -> str:
-    """Of the files that `export` writes."""
-    return ".so" if _linker() else ".o"
-
-
-def export(compiled: Any, path: Path) -> None:
-    """Write a compiled function as a file of `suffix`. Raises OSError."""
-    with _compiling, tempfile.TemporaryDirectory() as folder:
-        object_file = Path(folder, "kernel.o")
+def export(compiled: Any, folder: Path) -> Path:
+    """Write a compiled function into a folder: a shared library, .so, if it can be linked, else an object file, .o."""
+    with _compiling:
+        object_file = folder / f"kernel{OBJECT}"
         compiled.export_to_c(str(object_file), function_name=SYMBOL)
-        if path.suffix == ".so":
-            _link(object_file, path)
-        else:
-            shutil.move(object_file, path)
+        linker, library = _linker(), object_file.with_suffix(LIBRARY)
+        if linker is None:
+            return object_file
+        wrong = _link(linker, object_file, library)
+        if wrong:
+            warnings.warn(f"sonicmoe's kernels load through the compiler, slowly: {wrong}", stacklevel=2)
+        return object_file if wrong else library
 
 
-def _link(object_file: Path, path: Path) -> None:
-    """The libraries that the kernel calls are found again where they are now."""
+def _link(linker: str, object_file: Path, library: Path) -> str | None:
+    """None, or what went wrong. The libraries that a kernel calls are found again where they are now."""
     from cutlass.cute.runtime import find_runtime_libraries
 
-    libraries = [Path(library) for library in find_runtime_libraries(enable_tvm_ffi=True)]
-    paths = [f"-Wl,-rpath,{folder}" for folder in dict.fromkeys(library.parent for library in libraries)]
-    files = [str(file) for file in (path, object_file, *libraries)]
-    command = [str(_linker()), "-shared", "-Wl,-Bsymbolic", "-o", *files, *paths]
+    called = [Path(path) for path in find_runtime_libraries(enable_tvm_ffi=True)]
+    paths = [f"-Wl,-rpath,{folder}" for folder in dict.fromkeys(path.parent for path in called)]
+    files = [str(file) for file in (library, object_file, *called)]
+    command = [linker, "-shared", "-Wl,-Bsymbolic", "-o", *files, *paths]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"{_linker()} cannot link a kernel: {done.stderr.strip()[-500:]}")
+    return f"{linker} cannot link: {done.stderr.strip()[-500:]}" if done.returncode else None
 
 
 def load(path: Path) -> Any:
     """The function in a file of `export`."""
     with _compiling:
-        if path.suffix == ".so":
+        if path.suffix == LIBRARY:
             import tvm_ffi
 
             return getattr(tvm_ffi.load_module(path.resolve()), SYMBOL)
