@@ -44,7 +44,7 @@ def _line(gemm: str, spec: GemmSpec, names: Sequence[str]) -> list[str]:
     stage = built.mainloop.a.bytes + built.mainloop.b.bytes
     return [
         f"{gemm}, {tile.tile_m}x{tile.tile_n}x{tile.tile_k}",
-        tile.schedule,
+        tile.schedule + (f", clusters of {tile.cluster}" if tile.cluster > 1 else ""),
         f"{tile.stages} x {stage}",
         f"2 x {tile.buffers} x {BUFFER}",
         str(tile.shared_memory(built.groups.table_size)),

@@ -5,7 +5,7 @@
 
 For those who change kernels: between two runs clocks and temperature differ by more than most changes are worth. Each
 tree compiles its own kernels, with the tile configurations that it chooses, in a process of its own; all are launched
-from here, so they must take the same arguments. What a kernel computes is checked. Times are percentages of the speed
+from here, with this tree's arguments. What a kernel computes is checked. Times are percentages of the speed
 of torch.bmm: nothing is written to the ledger.
 """
 
@@ -25,6 +25,7 @@ import torch
 from perf import kernels, roofline, shapes, tables, tune
 from perf.problem import Form
 from perf.protocol import Settings, clock_of, measure, simple
+from perf.session import brief
 from perf.shapes import Shape
 from sonicmoe.configs.choice import gpu_key
 from sonicmoe.cute_kernels.variants import GemmSpec
@@ -32,6 +33,8 @@ from sonicmoe.jit import compile as compiler
 from sonicmoe.ops import _gemm
 
 CHILD = Path(__file__).with_name("versus_child.py")
+# Unlike python PATH this leaves perf/, whose modules have names of others, out of sys.path.
+RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 TIMEOUT = 600
 Kernel = Callable[..., None]
 
@@ -49,7 +52,8 @@ def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> 
     told = [[s.variant, s.groups, s.n, s.k, s.dtype, s.halves, s.act and str(s.act)] for s in specs]
     path = os.pathsep.join([str(tree.resolve() / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", str(CHILD)],
+        [sys.executable, "-c", RUN, str(CHILD)],
+        cwd=tree / "src",
         input=json.dumps({"gpu": gpu, "jobs": jobs, "gemms": told}),
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
@@ -81,9 +85,12 @@ def compare(shape: Shape, form: Form, found: dict[str, dict[str, Kernel]], setti
     for name, of_trees in found.items():
         for tree, kernel in of_trees.items():
             call = by(kernel, name, ours[name])
-            bad = kernels.wrong(kernels.errors(name, i, call()), i.x.dtype)
+            try:
+                bad = "WRONG" if kernels.wrong(kernels.errors(name, i, call()), i.x.dtype) else ""
+            except (TypeError, ValueError) as error:  # other arguments than this tree's
+                bad = f"FAILED {brief(error)}"
             if bad:
-                wrong[tree, name] = "WRONG"
+                wrong[tree, name] = bad
             else:
                 cases[f"{name} {tree}"] = simple(call)
         cases[f"{name} cublas"] = simple(bounds[name])
@@ -132,7 +139,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
         torch.cuda.empty_cache()
     print(tables.text(("kernel", "torch.bmm ms", *trees), lines))
     print("\n".join(failed), file=sys.stderr)
-    return 1 if failed or any("WRONG" in line for line in lines) else 0
+    return 1 if failed or any(cell.startswith(("WRONG", "FAILED")) for line in lines for cell in line) else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def compiled(request: tuple[str, list[Any]]) -> tuple[str | None, str]:
         cache.fill(spec)
         folder = cache.folder()
         assert folder is not None, "SONICMOE_CACHE_DIR is empty"
-        found = [path for path in cache.forms(cache.path_of(spec, folder)) if path.exists()]
+        path = cache.path_of(spec, folder)
+        found = [form for form in (path, path.with_suffix(".o")) if form.exists()]  # also of trees without libraries
         return (str(found[0]), str(tile)) if found else (None, spec.why_invalid() or "another process has it")
     except Exception as error:
         return None, f"{type(error).__name__}: {str(error).strip()[:500]}"

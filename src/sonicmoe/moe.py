@@ -154,7 +154,7 @@ class MoE(nn.Module):
         return None if kind is None else (weights, kind)
 
     def _compile_ahead(self, x: Tensor) -> None:
-        """Have every kernel of the layer compiled while the first of them is."""
+        """Have every kernel of the layer compiled side by side."""
         cast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2

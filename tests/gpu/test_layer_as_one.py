@@ -12,6 +12,7 @@ from sonicmoe import MoE, layer
 
 DEVICE = "cuda"
 E, K, H, I, T = 8, 2, 256, 128, 300  # noqa: E741
+WEIGHT = 10.0 * T  # of the loss, so that an error of its gradients is seen
 
 
 def _problem(**settings: Any) -> tuple[MoE, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def _problem(**settings: Any) -> tuple[MoE, Tensor, Tensor]:
 
 def _results(moe: MoE, x: Tensor, do: Tensor) -> list[Tensor]:
     o, loss = moe(x)
-    gradients = torch.autograd.grad([o, loss], [x, *moe.parameters()], [do, torch.full_like(loss, 0.5)])
+    gradients = torch.autograd.grad([o, loss], [x, *moe.parameters()], [do, torch.full_like(loss, WEIGHT)])
     return [o.detach(), loss.detach(), *gradients]
 
 

@@ -147,16 +147,20 @@ def shapes() -> list[Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scoring", SCORINGS)
-@pytest.mark.parametrize("experts", [33, 128])
-def test_gradients_are_added_to_others(experts: int, scoring: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("experts", "k"), [(33, 5), (128, 40)])
+def test_gradients_are_added_to_others(experts: int, k: int, scoring: str, dtype: torch.dtype) -> None:
     logits = skewed_logits(100, experts).to(DEVICE, dtype)
-    scores, ids = ops.topk(logits, 5, None, scoring, False, 1, 1, 1.0, "cute")
-    arguments = (torch.randn_like(scores), ids, logits, scoring, False, 1.0)
+    logits[0], logits[1, ::2], logits[2, 0] = -INF, -INF, INF
+    scores, ids = ops.topk(logits, k, None, scoring, True, 1, 1, 2.5, "cute")
+    arguments = (torch.randn_like(scores), ids, logits, scoring, True, 2.5)
     of_scores = ops.topk_backward(*arguments, "cute")
     assert of_scores.any()
     there = torch.randn_like(logits)
     both = there.clone()
     ops.topk_backward_add_(both, *arguments, "cute")
+    again = there.clone()
+    ops.topk_backward_add_(again, *arguments, "cute")
+    assert torch.equal(both, again)
     within = torch.finfo(dtype).eps * (there.abs() + 2 * of_scores.abs()).double() + 6e-8
     assert bool(((both.double() - (there.double() + of_scores.double())).abs() <= within).all())
 

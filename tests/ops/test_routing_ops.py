@@ -74,6 +74,10 @@ def test_topk_backward_is_the_gradient(scoring: str, renormalize: bool, scale: f
     actual = reference.topk_backward(dscores, ids, logits.detach(), scoring, renormalize, scale)
     torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-14)
     assert bool(truth.abs().max() > 0.01) is (scale != 0) and not truth[0].any() and not truth[3, :2].any()
+    there = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+    both = there.clone()
+    ops.topk_backward_add_(both, dscores, ids, logits.detach(), scoring, renormalize, scale, "torch")
+    torch.testing.assert_close(both, there + truth, rtol=1e-9, atol=1e-14)
 
 
 def test_load_balance_backward_is_the_gradient() -> None:

@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel may begin while the one before it in the stream is ending.
 
 Kernels that are bound by memory or short ask for it (`use_pdl=True`), so that their launch and set-up lie under the end
-of the kernel before. Every kernel calls `await_earlier`, in all threads and before it reads or writes what another
-launch writes or reads: what the launches before left is there only then.
+of the kernel before. Every kernel calls `await_earlier`, in all threads and before it touches global memory: what the
+launches before left is there only then. One exception: plan's `scatter` reads ids earlier, which the launch before its
+`count` left. (A kernel of somebody else's that begins early and never waits would let its successor begin too soon.)
 
 The grouped GEMMs do not ask for it. Their CTAs would take SMs in the order in which these become free; they are faster
 where CTAs of the same rows are neighbours (docs/notes/2026-11-28-placement.md).

@@ -7,7 +7,8 @@ A number is that of a turn: one tile for each CTA of a cluster. In GroupedK thes
 columns of B; a tile past the end of m, which an odd number leaves over, reads zeros and stores nothing.
 
 Turns are taken in rounds, one by each cluster. What GroupedM has left for a last round it may give out by halves, the
-upper and the lower 64 rows of a tile, if there are CTAs enough: that round is then shorter.
+upper and the lower 64 rows of a tile, if there are CTAs enough: that round is then shorter. Of a tile with fewer rows
+the lower half has none.
 """
 
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ class GroupedM:
         return Turns(tiles + rest, tiles - rest)
 
     def has_rows(self, tile: Tile, first_block):
-        """Whether the tile has rows from its 64-row block `first_block` on. From the first on all have."""
-        return isinstance(first_block, int) or first_block * BLOCK_M < tile.rows
+        """Whether the tile has rows from its 64-row block `first_block` on. All have where tiles are not split."""
+        return not self.splits or first_block * BLOCK_M < tile.rows
 
     @cute.jit
     def tile(self, turn: Int32, halves: Int32, rank: Int32, cu_rows: cute.Tensor, table: cute.Tensor, lane: Int32):

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ MOST_JOBS = 12
 _WORKER = Path(__file__).parent / "worker.py"
 # Unlike python PATH this leaves the file's folder out of sys.path, where our inspect.py would hide Python's.
 _RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-_POLL = 0.002  # seconds
+_POLL, _PATIENCE = 0.002, 300  # seconds
 _workers: list[subprocess.Popen[bytes]] = []
 # What has been asked for, and the worker that compiles it; None for what was there or is left to the caller.
 _asked: dict[Spec, subprocess.Popen[bytes] | None] = {}
@@ -56,11 +57,15 @@ def compile_ahead(specs: Iterable[Spec]) -> None:
 
 
 def await_worker(spec: Spec) -> None:
-    """Wait until a kernel is in the cache or nobody is compiling it any more."""
+    """Wait until a kernel is in the cache or nobody is compiling it any more; not for ever."""
     worker, root = _asked.get(spec), cache.folder()
     if worker is None or root is None:
         return
+    until = time.monotonic() + _PATIENCE
     while worker.poll() is None and not cache.is_there(spec, root):
+        if time.monotonic() > until:
+            warnings.warn(f"sonicmoe compiles {spec.name} itself: process {worker.pid} takes too long", stacklevel=2)
+            return
         time.sleep(_POLL)
 
 

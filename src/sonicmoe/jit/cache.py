@@ -96,17 +96,26 @@ def function_of(spec: Spec) -> Any:
     if root is None:
         return compiler.compile_spec(spec)
     path = path_of(spec, root)
-    found = _intact(path)
-    if found:
-        return compiler.load(found)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            found = _intact(path) or _write(compiler.compile_spec(spec), path)
-        return compiler.load(found)
+        found = _intact(path) or _made(spec, path)
     except OSError as error:
-        warnings.warn(f"sonicmoe compiles without its cache on disk, {root}: {error}", stacklevel=2)
-        return compiler.compile_spec(spec)
+        return _by_itself(spec, root, error)
+    try:
+        return compiler.load(found)
+    except (OSError, RuntimeError) as error:  # a folder that nothing may be run from, another machine's C library
+        return _by_itself(spec, root, error)
+
+
+def _made(spec: Spec, path: Path) -> Path:
+    """The form that another process has left by now, or that this one writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        return _intact(path) or _write(compiler.compile_spec(spec), path)
+
+
+def _by_itself(spec: Spec, root: Path, error: Exception) -> Any:
+    warnings.warn(f"sonicmoe compiles without its cache on disk, {root}: {error}", stacklevel=4)
+    return compiler.compile_spec(spec)
 
 
 def fill(spec: Spec) -> None:

@@ -21,6 +21,10 @@ from sonicmoe.jit.spec import Spec
 ARCH = "sm_90a"
 SYMBOL = "sonicmoe_kernel"
 LIBRARY, OBJECT = ".so", ".o"
+NOT_LINKED = (
+    "sonicmoe's kernels load through the compiler, which takes seconds: there was no C compiler (cc, gcc or clang) "
+    "that links when they were compiled; with one, empty the cache on disk"
+)
 _OPTIONS = f"--enable-tvm-ffi --gpu-arch {ARCH}"
 # The DSL traces in module-wide state, and backward passes come from threads of their own.
 _compiling = threading.Lock()
@@ -62,25 +66,20 @@ def export(compiled: Any, folder: Path) -> Path:
     with _compiling:
         object_file = folder / f"kernel{OBJECT}"
         compiled.export_to_c(str(object_file), function_name=SYMBOL)
-        linker, library = _linker(), object_file.with_suffix(LIBRARY)
-        if linker is None:
-            return object_file
-        wrong = _link(linker, object_file, library)
-        if wrong:
-            warnings.warn(f"sonicmoe's kernels load through the compiler, slowly: {wrong}", stacklevel=2)
-        return object_file if wrong else library
+        library = object_file.with_suffix(LIBRARY)
+        return library if _link(object_file, library) else object_file
 
 
-def _link(linker: str, object_file: Path, library: Path) -> str | None:
-    """None, or what went wrong. The libraries that a kernel calls are found again where they are now."""
+def _link(object_file: Path, library: Path) -> bool:
+    """Whether it could be done. The libraries that a kernel calls are found again where they are now."""
     from cutlass.cute.runtime import find_runtime_libraries
 
     called = [Path(path) for path in find_runtime_libraries(enable_tvm_ffi=True)]
     paths = [f"-Wl,-rpath,{folder}" for folder in dict.fromkeys(path.parent for path in called)]
     files = [str(file) for file in (library, object_file, *called)]
-    command = [linker, "-shared", "-Wl,-Bsymbolic", "-o", *files, *paths]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return f"{linker} cannot link: {done.stderr.strip()[-500:]}" if done.returncode else None
+    linker = _linker()
+    command = ["-shared", "-Wl,-Bsymbolic", "-o", *files, *paths]
+    return linker is not None and subprocess.run([linker, *command], capture_output=True).returncode == 0
 
 
 def load(path: Path) -> Any:
@@ -90,6 +89,7 @@ def load(path: Path) -> Any:
             import tvm_ffi
 
             return getattr(tvm_ffi.load_module(path.resolve()), SYMBOL)
+        warnings.warn(NOT_LINKED, stacklevel=2)
         import cutlass.cute as cute
 
         return getattr(cute.runtime.load_module(str(path.resolve()), enable_tvm_ffi=True), SYMBOL)

@@ -17,6 +17,8 @@ OPCODES = (
     "HGMMA UTMALDG UTMASTG LDGSTS LDSM STSM USETMAXREG LDL STL LDG STG LDS STS MUFU SHFL REDUX MATCH RED REDG ATOM "
     "ATOMG ATOMS SYNCS BAR FENCE ACQBULK PREEXIT"
 ).split()
+EARLY = "before ACQBULK"
+_GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|RED|REDG|ATOM|ATOMG)\b")
 SHARED_MEMORY = 232448  # of a block on sm_90, the reserved KiB included
 RESERVED = 1024
 
@@ -64,8 +66,17 @@ def resources(compiled: Any) -> Resources:
         stack=max(k[1] for k in kernels),
         shared=dynamic_shared_memory(compiled) + max(RESERVED, *(k[2] for k in kernels)),
         setmaxnreg=tuple(int(n) for n in re.findall(r"setmaxnreg\.\w+\.\S+\s+(\d+)", ptx)),
-        opcodes={name: found[name] for name in OPCODES if found[name]},
+        opcodes={name: found[name] for name in OPCODES if found[name]} | _early(sass),
     )
+
+
+def _early(sass: str) -> dict[str, int]:
+    """{EARLY: accesses to global memory before the wait for earlier launches}, if there are any."""
+    before = [
+        part.partition("ACQBULK")[0] for part in re.split(r"^\s*\.section\s+\.text\.", sass, flags=re.MULTILINE)[1:]
+    ]
+    count = sum(len(_GLOBAL.findall(part)) for part in before)
+    return {EARLY: count} if count else {}
 
 
 def disassembled(compiled: Any) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from sonicmoe.activations import Activation
 from sonicmoe.cute_kernels.aggregate import AggregateSpec
 from sonicmoe.cute_kernels.balance import BalanceBackwardSpec, BalanceSpec
 from sonicmoe.cute_kernels.bias_dot import BiasDotSpec
+from sonicmoe.cute_kernels.bias_grad import BiasGradSpec
 from sonicmoe.cute_kernels.plan import PlanSpec
 from sonicmoe.cute_kernels.rounding import RoundingBackwardSpec, RoundingSpec
 from sonicmoe.cute_kernels.topk import TopKBackwardSpec, TopKSpec
@@ -47,13 +48,14 @@ def compile_layer(
 
     sizes: E, H, I. biases: whether there are b1 and b2. per_token: slots of each token, None for a variable number.
     router: also its kernels, and those of the load balancing loss. as_one: whether the scores' gradients are added to
-    the loss's. Raises InvalidArgument if no kernel fits.
+    the loss's, if there are any. Raises InvalidArgument if no kernel fits.
     """
     name = NAMES.get(dtype, "")
     if name in ("bf16", "fp16"):
         act = Activation.parse(activation)
         routing = router_specs(sizes[0], name, router, training, as_one) if router else []
         experts = expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)
+        # Those that take long at first; so does token rounding, where it comes first.
         compile_ahead([*routing[:1], *experts, *routing[1:]])
 
 
@@ -93,6 +95,8 @@ def expert_specs(
         forward,
         AggregateSpec(hidden, dtype, per_token, weighted=False, parts=parts),
         *([BiasDotSpec(hidden, dtype, experts, parts)] if biases[1] else []),
+        *([BiasGradSpec(hidden, dtype, True, True)] if biases[1] else []),
+        *([BiasGradSpec(halves * inter, dtype, False, False)] if biases[0] else []),
     ]
 
 
@@ -104,7 +108,9 @@ def router_specs(experts: int, dtype: str, router: Router, training: bool, as_on
     if rounding is None:
         form = (scoring, renormalize, 1.0)
         forward = [TopKSpec(experts, k, dtype, *form, False, 1, 1), PlanSpec(experts, k, "i32")]
-        backward = [TopKBackwardSpec(experts, k, dtype, *form, as_one)]
+        backward = [
+            TopKBackwardSpec(experts, k, dtype, *form, adds) for adds in ((True, False) if as_one else (False,))
+        ]
     else:
         tile_m, rule = rounding
         forward, backward = [RoundingSpec(experts, k, dtype, rule, tile_m)], [RoundingBackwardSpec(experts, dtype)]

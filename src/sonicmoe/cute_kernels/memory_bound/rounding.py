@@ -1,6 +1,6 @@
 """Token rounding in three launches: every token's choice, each expert's selection, the kept pairs in both orders.
 
-Each launch but the first starts while the one before it ends, and waits before it reads. `state` holds the experts'
+Each launch starts while the one before it ends, and waits before it reads. `state` holds the experts'
 counts by top-K, zero at first, where they are needed; their rounded counts; and how many pairs each 32 tokens keep,
 which the first launch makes zero.
 """
