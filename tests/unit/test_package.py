@@ -16,7 +16,7 @@ import torch
 import sonicmoe
 
 ROOT = Path(__file__).parents[2]
-IGNORED = {".git", ".venv", ".carry", ".hypothesis", "out", "build", "dist"}
+IGNORED = {"out", "build", "dist", "__pycache__"}
 IMPORT_SECONDS = 1.0
 PUBLIC = (
     "GPT_OSS Activation InvalidArgument MoE Routing load_balancing_loss moe_experts route_assigned route_pairs "
@@ -28,7 +28,7 @@ def _tree(*suffixes: str) -> list[Path]:
     """The repository's files with these suffixes."""
     found = []
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [f for f in folders if f not in IGNORED and not f.endswith(("_cache", "__pycache__"))]
+        folders[:] = [f for f in folders if f not in IGNORED and (f == ".ci" or not f.startswith("."))]
         found += [Path(folder, f) for f in files if Path(f).suffix in suffixes]
     return sorted(found)
 
