@@ -30,11 +30,10 @@ from perf.shapes import Shape
 from sonicmoe.configs.choice import gpu_key
 from sonicmoe.cute_kernels.variants import GemmSpec
 from sonicmoe.jit import compile as compiler
+from sonicmoe.jit.ahead import RUN_BY_PATH
 from sonicmoe.ops import _gemm
 
 CHILD = Path(__file__).with_name("versus_child.py")
-# Unlike python PATH this leaves perf/, whose modules have names of others, out of sys.path.
-RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 TIMEOUT = 600
 Kernel = Callable[..., None]
 
@@ -52,7 +51,7 @@ def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> 
     told = [[s.variant, s.groups, s.n, s.k, s.dtype, s.halves, s.act and str(s.act)] for s in specs]
     path = os.pathsep.join([str(tree.resolve() / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(CHILD)],
+        [sys.executable, "-c", RUN_BY_PATH, str(CHILD)],
         cwd=tree / "src",
         input=json.dumps({"gpu": gpu, "jobs": jobs, "gemms": told}),
         env={**os.environ, "PYTHONPATH": path},
@@ -120,7 +119,10 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     """0 if every tree's kernels could be compiled and were right."""
     if not torch.cuda.is_available():
         raise SystemExit("kernels are timed on a GPU, and there is none")
-    form, trees = Form(dtype=arguments.dtype, device=device, backend="cute"), [str(t) for t in arguments.tree]
+    form, trees = (
+        Form(dtype=arguments.dtype, device=device, backend="cute"),
+        list(dict.fromkeys(map(str, arguments.tree))),
+    )
     gpu, lines, failed = gpu_key(torch.cuda.get_device_name(device)), [], []
     settings = Settings(arguments.repeats, arguments.warm_seconds, max_spin=0.1)
     names = arguments.shape or ([] if arguments.thiek else ["7b"])
@@ -128,17 +130,21 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
         wanted = gemms(shape, form, arguments.kernel)
         found: dict[str, dict[str, Kernel]] = {name: {} for name in wanted}
         for tree in trees:
-            answers = compile_tree(Path(tree), list(wanted.values()), gpu, arguments.jobs)
+            try:
+                answers = compile_tree(Path(tree), list(wanted.values()), gpu, arguments.jobs)
+            except (OSError, RuntimeError) as error:
+                raise SystemExit(str(error)) from None
             for name, (file, text) in zip(wanted, answers, strict=True):
                 if file is None:
                     failed.append(f"{tree} {shape.name} {name}: {text}")
                 else:
                     found[name][tree] = compiler.load(Path(file))
         complete = {name: of_trees for name, of_trees in found.items() if len(of_trees) == len(trees)}
-        lines += compare(shape, form, complete, settings)
+        lines += compare(shape, form, complete, settings) if complete else []
         torch.cuda.empty_cache()
     print(tables.text(("kernel", "torch.bmm ms", *trees), lines))
-    print("\n".join(failed), file=sys.stderr)
+    for line in failed:
+        print(line, file=sys.stderr)
     return 1 if failed or any(cell.startswith(("WRONG", "FAILED")) for line in lines for cell in line) else 0
 
 

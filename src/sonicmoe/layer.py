@@ -100,7 +100,7 @@ def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) ->
         return None
     biases, per_token = (b1 is not None, b2 is not None), k if rounding is None else None
     form, sizes = (x.dtype, activation, w1_layout), (experts, hidden, inter)
-    ops.compile_layer(x.device.index, sizes, *form, biases, per_token, training, settings.router, True)
+    ops.compile_layer(x.device.index, sizes, *form, biases, per_token, training, settings.router)
     return Kind(route, Form(activation, w1_layout, "cute"))
 
 

@@ -69,14 +69,14 @@ def test_the_caller_waits_for_its_worker(folder: Path, monkeypatch: pytest.Monke
 def test_a_worker_that_ends_without_a_kernel_leaves_it_to_the_caller(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "_RUN", "import sys; sys.stdin.buffer.read()")
+    monkeypatch.setattr(ahead, "RUN_BY_PATH", "import sys; sys.stdin.buffer.read()")
     ahead.compile_ahead(SPECS)
     kernels.kernel(SPECS[0])
     assert _there(folder) == [True, False, False]
 
 
 def test_a_worker_that_hangs_is_not_waited_for_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "_RUN", "import time; time.sleep(600)")
+    monkeypatch.setattr(ahead, "RUN_BY_PATH", "import time; time.sleep(600)")
     monkeypatch.setattr(ahead, "_PATIENCE", 0.1)
     ahead.compile_ahead(SPECS)
     with pytest.warns(UserWarning, match="compiles aggregate_sm_90a itself"):

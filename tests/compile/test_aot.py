@@ -72,6 +72,14 @@ def test_no_wide_multiply_add_in_a_gathers_loop(variant: str) -> None:
     assert sum("IMAD.WIDE" in line for line in loop) <= ("wgrad" in variant), "\n".join(loop)
 
 
+def test_accesses_before_the_wait_for_earlier_launches_are_counted() -> None:
+    """Only the plan reads before it: ids, which the launch before its first has left."""
+    recorded = json.loads(Path(__file__).with_name("resources.json").read_text())["kernels"]
+    assert {name.partition("(")[0] for name, found in recorded.items() if found["early"]} == {"PlanSpec"}
+    kernel = "\t.section\t.text.%s\n  LDG.E R2, [R4] ;\n  ACQBULK ;\n  STG.E [R4], R2 ;\n"
+    assert inspect.early(kernel % "a" + (kernel % "b").replace("LDG.E", "S2R")) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -83,6 +91,7 @@ def test_no_wide_multiply_add_in_a_gathers_loop(variant: str) -> None:
 )
 def test_faults(change: dict[str, Any], fault: str) -> None:
     fine: dict[str, Any] = {"kernels": 2, "registers": 168, "stack": 0, "shared": 1024, "setmaxnreg": ()}
+    fine["early"] = 0
     fine["opcodes"] = {"LDG": 1, "ACQBULK": 2}
     assert inspect.Resources(**fine).faults() == []
     (found,) = inspect.Resources(**{**fine, **change}).faults()

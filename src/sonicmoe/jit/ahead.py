@@ -27,7 +27,7 @@ VARIABLE = "SONICMOE_COMPILE_JOBS"
 MOST_JOBS = 12
 _WORKER = Path(__file__).parent / "worker.py"
 # Unlike python PATH this leaves the file's folder out of sys.path, where our inspect.py would hide Python's.
-_RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+RUN_BY_PATH = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 _POLL, _PATIENCE = 0.002, 300  # seconds
 _workers: list[subprocess.Popen[bytes]] = []
 # What has been asked for, and the worker that compiles it; None for what was there or is left to the caller.
@@ -72,7 +72,7 @@ def await_worker(spec: Spec) -> None:
 def _start(specs: list[Spec]) -> subprocess.Popen[bytes] | None:
     try:
         worker = subprocess.Popen(
-            [sys.executable, "-c", _RUN, str(_WORKER)],
+            [sys.executable, "-c", RUN_BY_PATH, str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -60,12 +60,12 @@ def fingerprint() -> str:
             digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\0".encode())
             digest.update(file.read_bytes())
     for distribution in _DISTRIBUTIONS:
-        digest.update(f"{distribution}={_version(distribution)}\0".encode())
+        digest.update(f"{distribution}={_installed(distribution)}\0".encode())
     digest.update(f"{platform.python_version()} {platform.machine()} {compiler.ARCH}".encode())
     return digest.hexdigest()
 
 
-def _version(distribution: str) -> str:
+def _installed(distribution: str) -> str:
     """Version and place of an installed package: a linked kernel finds the libraries that it needs where they were."""
     try:
         found = importlib.metadata.distribution(distribution)

@@ -63,11 +63,10 @@ def _linker() -> str | None:
 
 def export(compiled: Any, folder: Path) -> Path:
     """Write a compiled function into a folder: a shared library, .so, if it can be linked, else an object file, .o."""
+    object_file, library = (folder / f"kernel{suffix}" for suffix in (OBJECT, LIBRARY))
     with _compiling:
-        object_file = folder / f"kernel{OBJECT}"
         compiled.export_to_c(str(object_file), function_name=SYMBOL)
-        library = object_file.with_suffix(LIBRARY)
-        return library if _link(object_file, library) else object_file
+    return library if _link(object_file, library) else object_file
 
 
 def _link(object_file: Path, library: Path) -> bool:
@@ -84,12 +83,12 @@ def _link(object_file: Path, library: Path) -> bool:
 
 def load(path: Path) -> Any:
     """The function in a file of `export`."""
-    with _compiling:
-        if path.suffix == LIBRARY:
-            import tvm_ffi
+    if path.suffix == LIBRARY:
+        import tvm_ffi
 
-            return getattr(tvm_ffi.load_module(path.resolve()), SYMBOL)
-        warnings.warn(NOT_LINKED, stacklevel=2)
+        return getattr(tvm_ffi.load_module(path.resolve()), SYMBOL)
+    warnings.warn(NOT_LINKED, stacklevel=2)
+    with _compiling:
         import cutlass.cute as cute
 
         return getattr(cute.runtime.load_module(str(path.resolve()), enable_tvm_ffi=True), SYMBOL)

@@ -17,7 +17,6 @@ OPCODES = (
     "HGMMA UTMALDG UTMASTG LDGSTS LDSM STSM USETMAXREG LDL STL LDG STG LDS STS MUFU SHFL REDUX MATCH RED REDG ATOM "
     "ATOMG ATOMS SYNCS BAR FENCE ACQBULK PREEXIT"
 ).split()
-EARLY = "before ACQBULK"
 _GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|RED|REDG|ATOM|ATOMG)\b")
 SHARED_MEMORY = 232448  # of a block on sm_90, the reserved KiB included
 RESERVED = 1024
@@ -30,6 +29,7 @@ class Resources:
     kernels     how many there are
     registers   at launch; a kernel that redistributes them (setmaxnreg) shows the launch limit
     setmaxnreg  what they are redistributed to, producers first
+    early       accesses to global memory before the wait for earlier launches
     """
 
     kernels: int
@@ -37,6 +37,7 @@ class Resources:
     stack: int
     shared: int
     setmaxnreg: tuple[int, ...]
+    early: int
     opcodes: dict[str, int]
 
     def faults(self) -> list[str]:
@@ -66,17 +67,15 @@ def resources(compiled: Any) -> Resources:
         stack=max(k[1] for k in kernels),
         shared=dynamic_shared_memory(compiled) + max(RESERVED, *(k[2] for k in kernels)),
         setmaxnreg=tuple(int(n) for n in re.findall(r"setmaxnreg\.\w+\.\S+\s+(\d+)", ptx)),
-        opcodes={name: found[name] for name in OPCODES if found[name]} | _early(sass),
+        early=early(sass),
+        opcodes={name: found[name] for name in OPCODES if found[name]},
     )
 
 
-def _early(sass: str) -> dict[str, int]:
-    """{EARLY: accesses to global memory before the wait for earlier launches}, if there are any."""
-    before = [
-        part.partition("ACQBULK")[0] for part in re.split(r"^\s*\.section\s+\.text\.", sass, flags=re.MULTILINE)[1:]
-    ]
-    count = sum(len(_GLOBAL.findall(part)) for part in before)
-    return {EARLY: count} if count else {}
+def early(sass: str) -> int:
+    """Accesses to global memory before the wait for earlier launches, of all kernels together."""
+    kernels = re.split(r"^\s*\.section\s+\.text\.", sass, flags=re.MULTILINE)[1:]
+    return sum(len(_GLOBAL.findall(kernel.partition("ACQBULK")[0])) for kernel in kernels)
 
 
 def disassembled(compiled: Any) -> tuple[str, str]:

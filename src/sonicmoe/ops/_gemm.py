@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -23,27 +24,24 @@ _forced: dict[str, TileConfig] = {}
 _replaced: dict[str, Callable[..., None]] = {}
 
 
-@contextlib.contextmanager
-def forced(variant: str, tile: TileConfig) -> Iterator[None]:
+def forced(variant: str, tile: TileConfig) -> AbstractContextManager[None]:
     """Within it, the variant runs by this tile configuration: for tests and measurements."""
-    _forced[variant] = tile
-    _forget()
-    try:
-        yield
-    finally:
-        del _forced[variant]
-        _forget()
+    return _holding(_forced, variant, tile)
+
+
+def replaced(variant: str, kernel: Callable[..., None]) -> AbstractContextManager[None]:
+    """Within it, the variant is launched by this kernel, which takes the same arguments: for measurements."""
+    return _holding(_replaced, variant, kernel)
 
 
 @contextlib.contextmanager
-def replaced(variant: str, kernel: Callable[..., None]) -> Iterator[None]:
-    """Within it, the variant is launched by this kernel, which takes the same arguments: for measurements."""
-    _replaced[variant] = kernel
+def _holding(table: dict[str, Any], variant: str, entry: Any) -> Iterator[None]:
+    table[variant] = entry
     _forget()
     try:
         yield
     finally:
-        del _replaced[variant]
+        del table[variant]
         _forget()
 
 

@@ -42,18 +42,16 @@ def compile_layer(
     per_token: int | None,
     training: bool,
     router: Router | None = None,
-    as_one: bool = False,
 ) -> None:
     """Have a layer's kernels compiled, once in a process; returns at once.
 
     sizes: E, H, I. biases: whether there are b1 and b2. per_token: slots of each token, None for a variable number.
-    router: also its kernels, and those of the load balancing loss. as_one: whether the scores' gradients are added to
-    the loss's, if there are any. Raises InvalidArgument if no kernel fits.
+    router: also its kernels, and those of the load balancing loss. Raises InvalidArgument if no kernel fits.
     """
     name = NAMES.get(dtype, "")
     if name in ("bf16", "fp16"):
         act = Activation.parse(activation)
-        routing = router_specs(sizes[0], name, router, training, as_one) if router else []
+        routing = router_specs(sizes[0], name, router, training) if router else []
         experts = expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)
         # Those that take long at first; so does token rounding, where it comes first.
         compile_ahead([*routing[:1], *experts, *routing[1:]])
@@ -80,9 +78,9 @@ def expert_specs(
 
     up = gemm("up_proj", inter, hidden, str(act), interleaved, halves, biases[0], training)
     down = gemm("down_proj", hidden, inter, None, False, 1, biases[1])
-    forward = AggregateSpec(hidden, dtype, per_token, weighted=True)
+    aggregate = AggregateSpec(hidden, dtype, per_token, weighted=True)
     if not training:
-        return [up, down, forward]
+        return [up, down, aggregate]
     dgrad = gemm("down_dgrad", inter, hidden, str(act), False, halves, biases[1])
     parts = dgrad.part_columns
     return [
@@ -92,7 +90,7 @@ def expert_specs(
         gemm("down_wgrad", inter, hidden),
         gemm("up_dgrad", hidden, width, None, interleaved, split),
         down,
-        forward,
+        aggregate,
         AggregateSpec(hidden, dtype, per_token, weighted=False, parts=parts),
         *([BiasDotSpec(hidden, dtype, experts, parts)] if biases[1] else []),
         *([BiasGradSpec(hidden, dtype, True, True)] if biases[1] else []),
@@ -100,17 +98,15 @@ def expert_specs(
     ]
 
 
-def router_specs(experts: int, dtype: str, router: Router, training: bool, as_one: bool) -> list[Spec]:
-    """Of the routing and of `load_balancing_loss`."""
+def router_specs(experts: int, dtype: str, router: Router, training: bool) -> list[Spec]:
+    """Of the routing and of `load_balancing_loss`, to whose gradients those of the scores may be added."""
     k, scoring, renormalize, rounding = router
     forward: list[Spec]
     backward: list[Spec]
     if rounding is None:
         form = (scoring, renormalize, 1.0)
         forward = [TopKSpec(experts, k, dtype, *form, False, 1, 1), PlanSpec(experts, k, "i32")]
-        backward = [
-            TopKBackwardSpec(experts, k, dtype, *form, adds) for adds in ((True, False) if as_one else (False,))
-        ]
+        backward = [TopKBackwardSpec(experts, k, dtype, *form, adds) for adds in (True, False)]
     else:
         tile_m, rule = rounding
         forward, backward = [RoundingSpec(experts, k, dtype, rule, tile_m)], [RoundingBackwardSpec(experts, dtype)]

@@ -104,14 +104,14 @@ topk_backward = define(
 )
 
 
-def _add_fake(
+def _fake_add(
     dlogits: Tensor, dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float,
     backend: str,
 ) -> None:  # fmt: skip
     return None
 
 
-def _add_cute(
+def _cute_add(
     dlogits: Tensor, dscores: Tensor, ids: Tensor, logits: Tensor, scoring: str, renormalize: bool, scale: float
 ) -> None:
     _backward_launch(dlogits, dscores, ids, logits, scoring, renormalize, scale, True)
@@ -120,7 +120,7 @@ def _add_cute(
 topk_backward_add_ = define(
     "topk_backward_add_(Tensor(a!) dlogits, Tensor dscores, Tensor ids, Tensor logits, str scoring, bool renormalize, "
     "float scale, str backend) -> ()",
-    fake=_add_fake,
+    fake=_fake_add,
     reference=reference.topk_backward_add_,
-    cute=_add_cute,
+    cute=_cute_add,
 )
