@@ -181,7 +181,7 @@ def breakdown(rows: Sequence[Row]) -> str | None:
     """Shares of forward and backward of sonicmoe.MoE, measured inside it."""
     mine = ledger.newest(r for r in rows if r.variant.startswith(BREAKDOWN) and r.routing == "topk")
     ms = {(r.shape, r.variant.removeprefix(BREAKDOWN)): r.ms_p50 for r in mine}
-    parts = [*roofline.KERNELS, "router-products", "rest"]
+    parts = [*roofline.PARTS, "router-products", "rest"]
     lines = []
     for row in _sorted(r for r in mine if r.variant == f"{BREAKDOWN}layer"):
         whole = row.ms_p50 or float("nan")

@@ -21,6 +21,9 @@ KERNELS = (
     "aggregate_dx",
 )
 FORWARD, BACKWARD = KERNELS[:3], KERNELS[3:]
+# What a layer's time is made of: two of the kernels run beside each other.
+PARTS: dict[str, tuple[str, ...]] = {k: (k,) for k in KERNELS if k not in ("down_wgrad", "aggregate_dx")}
+PARTS["down_wgrad+aggregate_dx"] = ("down_wgrad", "aggregate_dx")
 GEMMS = tuple(k for k in KERNELS if not k.startswith("aggregate"))
 _INDEX, _SCORE = 4, 4  # bytes of an int32 index and of a score or its gradient
 
@@ -94,7 +97,7 @@ def total(what: str, shape: Shape, *, rows: int | None = None, gated: bool = Tru
 def layer_floor_ms(
     what: str, shape: Shape, ceilings: Ceilings, *, rows: int | None = None, gated: bool = True, item: int = 2
 ) -> float:
-    """Sum of the steps' floors: they run one after the other. The router is not in it."""
+    """Sum of the steps' floors, as if they ran one after the other. The router is not in it."""
     return sum(floor_ms(work(k, shape, rows=rows, gated=gated, item=item), ceilings) for k in steps(what))
 
 

@@ -23,23 +23,23 @@ from sonicmoe import ops
 
 HEADER = ("part", "ms p50", "p20", "p80", "share", "of floor")
 LAYER, PRODUCTS, REST = "layer", "router products", "rest"
+# The op that computes a part, where it is not called as the part is.
+OPS = {"down_dgrad": "down_dgrad_", "down_wgrad+aggregate_dx": "down_wgrad_aggregate_"}
 
 
 class Marks:
-    """The marks around the ops of one call of the layer at a time, by kernel."""
+    """The marks around the ops of one call of the layer at a time, by the part of its time."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._pairs: list[tuple[str, Any, Any]] = []
         self.calls: list[list[tuple[str, Any, Any]]] = []
 
-    def wrap(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, part: str, op: Callable[..., Any]) -> Callable[..., Any]:
         def marked(*arguments: Any) -> Any:
             start = self._clock.mark()
             result = op(*arguments)
-            # The backward's sum is the one without scores.
-            kernel = "aggregate_dx" if name == "aggregate" and arguments[1] is None else name
-            self._pairs.append((kernel, start, self._clock.mark()))
+            self._pairs.append((part, start, self._clock.mark()))
             return result
 
         return marked
@@ -49,23 +49,21 @@ class Marks:
         self._pairs = []
 
     def ms(self, calls: int) -> list[dict[str, float]]:
-        """Milliseconds by kernel of each of the last calls; after a synchronisation."""
-        return [
-            {kernel: self._clock.elapsed_ms(start, end) for kernel, start, end in call} for call in self.calls[-calls:]
-        ]
+        """Milliseconds by part of each of the last calls; after a synchronisation."""
+        return [{part: self._clock.elapsed_ms(start, end) for part, start, end in call} for call in self.calls[-calls:]]
 
 
 @contextlib.contextmanager
 def marked_ops(marks: Marks) -> Iterator[None]:
-    names = dict.fromkeys(k.removesuffix("_dx") for k in roofline.KERNELS)
+    names = {part: OPS.get(part, part) for part in roofline.PARTS}
     # A layer calls the ops or, where torch's dispatcher has nothing to do, their bodies.
-    originals = [(holder, name, getattr(holder, name)) for holder in (ops, ops.bodies) for name in names]
+    originals = [(h, part, name, getattr(h, name)) for h in (ops, ops.bodies) for part, name in names.items()]
     try:
-        for holder, name, op in originals:
-            setattr(holder, name, marks.wrap(name, op))
+        for holder, part, name, op in originals:
+            setattr(holder, name, marks.wrap(part, op))
         yield
     finally:
-        for holder, name, op in originals:
+        for holder, _, name, op in originals:
             setattr(holder, name, op)
 
 
@@ -96,8 +94,8 @@ def _run(session: Session, shape: Shape, form: Form, routing: str) -> None:
         results = measure(cases, session.clock, settings, bar.update)
     samples = {LAYER: results[LAYER].ms[TOTAL], PRODUCTS: results[PRODUCTS].ms[TOTAL]}
     inside = marks.ms(settings.repeats)
-    for kernel in roofline.KERNELS:
-        samples[kernel] = [call[kernel] for call in inside]
+    for part in roofline.PARTS:
+        samples[part] = [call[part] for call in inside]
     samples[REST] = [
         whole - products - sum(call.values())
         for whole, products, call in zip(samples[LAYER], samples[PRODUCTS], inside, strict=True)
@@ -111,8 +109,9 @@ def _row(session: Session, problem: Problem, routing: str, part: str, ms: list[f
     shape, form, times = problem.shape, problem.form, percentiles(ms)
     rows = int(problem.routing(routing).cu_rows[-1])
     share_of_floor = None
-    if part in roofline.KERNELS and times.p50 > 0:
-        work = roofline.work(part, shape, rows=rows, gated=form.gated, item=form.item)
+    if part in roofline.PARTS and times.p50 > 0:
+        works = [roofline.work(k, shape, rows=rows, gated=form.gated, item=form.item) for k in roofline.PARTS[part]]
+        work = roofline.Work(*map(sum, zip(*works, strict=True)))
         share_of_floor = roofline.floor_ms(work, session.ceilings) / times.p50
     return session.row(
         shape,

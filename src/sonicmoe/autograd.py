@@ -90,6 +90,7 @@ class MoEExperts(torch.autograd.Function):
         needs_x, needs_w1 = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_w1 else None, w1 if needs_x else None, w2, b2, h, scores, *plan)
         ctx.form, ctx.w1_grad, ctx.w2_grad = form, w1_grad, w2_grad
+        ctx.private = saves_privately()
         return o
 
     @staticmethod
@@ -100,8 +101,18 @@ class MoEExperts(torch.autograd.Function):
     def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(*ctx.saved_tensors)  # once: under checkpointing they are computed anew each time
         needs, sums = ctx.needs_input_grad[:6], (ctx.w1_grad, ctx.w2_grad)
-        run = ops.steps(do, *kept, *sums)
-        return *backward_steps(run, do.contiguous(), kept, needs, ctx.form, *sums), *(None,) * 8
+        run, own_h = ops.steps(do, *kept, *sums), ctx.private and is_last(do, *kept)
+        return *backward_steps(run, do.contiguous(), kept, needs, ctx.form, *sums, own_h), *(None,) * 8
+
+
+def saves_privately() -> bool:
+    """Whether a Function alone sees what it saves now: no hooks pack it, as for checkpoints or the host's memory."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def is_last(*tensors: Tensor | None) -> bool:
+    """Whether this backward is the last one of its graph (no retain_graph), and not one that is traced."""
+    return not (torch._C._autograd._get_current_graph_task_keep_graph() or ops.is_traced(tensors))
 
 
 def backward_steps(
@@ -112,8 +123,12 @@ def backward_steps(
     form: Form,
     w1_grad: Tensor | None = None,
     w2_grad: Tensor | None = None,
+    own_h: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w1, w2, b1, b2 and scores where needed; run as in `forward_steps`, do contiguous."""
+    """Gradients of x, w1, w2, b1, b2 and scores where needed; run as in `forward_steps`, do contiguous.
+
+    own_h: nobody will read h again, so dh takes its place.
+    """
     x, w1, w2, b2, h, scores, cu_rows, row_token, row_slot, slot_row, cu_slots = kept
     needs_x, needs_w1, needs_w2, needs_b1, needs_b2, needs_scores = needs
     activation, w1_layout, backend = form
@@ -123,19 +138,29 @@ def backward_steps(
         db2 = run.bias_grad(do, cu_rows, row_token, scores, row_slot, backend).to(do.dtype)
     if not (needs_x or needs_w1 or needs_w2 or needs_b1 or needs_scores):
         return None, None, None, None, db2, None
-    dh, a_s, parts = run.down_dgrad(do, w2, b2, h, scores, cu_rows, row_token, row_slot, activation, backend)
-    if needs_w2 and w2_grad is not None:
+    of_rows = (scores, cu_rows, row_token, row_slot)
+    if own_h:
+        dh = h
+        a_s, parts = run.down_dgrad_(do, w2, b2, h, *of_rows, activation, backend)
+    else:
+        dh, a_s, parts = run.down_dgrad(do, w2, b2, h, *of_rows, activation, backend)
+    of_scores = parts if needs_scores else None
+    if needs_x:
+        dx_rows = run.up_dgrad(dh, w1, cu_rows, w1_layout, backend)
+    if needs_x and needs_w2:
+        dw2 = do.new_empty(*w2.shape) if w2_grad is None else w2_grad
+        dx, dscores = run.down_wgrad_aggregate_(
+            dw2, w2_grad is not None, do, a_s, cu_rows, row_token, dx_rows, of_scores, slot_row, cu_slots, backend
+        )
+    elif needs_x:
+        dx, dscores = run.aggregate(dx_rows, None, of_scores, slot_row, cu_slots, do.shape[0], backend)
+    elif needs_w2 and w2_grad is not None:
         run.down_wgrad_add_(w2_grad, do, a_s, cu_rows, row_token, backend)
     elif needs_w2:
         dw2 = run.down_wgrad(do, a_s, cu_rows, row_token, backend)
-    del a_s  # the peak of memory is in the next step
-    if needs_x:
-        dx_rows = run.up_dgrad(dh, w1, cu_rows, w1_layout, backend)
-        of_scores = parts if needs_scores else None
-        dx, dscores = run.aggregate(dx_rows, None, of_scores, slot_row, cu_slots, do.shape[0], backend)
-        del dx_rows
-    elif needs_scores:
+    if needs_scores and not needs_x:
         dscores = scores_grad(parts, slot_row)
+    a_s = dx_rows = None  # before dw1 is allocated
     if needs_w1 and w1_grad is not None:
         run.up_wgrad_add_(w1_grad, x, dh, cu_rows, row_token, w1_layout, backend)
     elif needs_w1:
@@ -144,4 +169,4 @@ def backward_steps(
         db1 = run.bias_grad(dh, cu_rows, None, None, None, backend).to(do.dtype)
         if w1_layout == "interleaved":
             db1 = db1.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-    return dx, dw1, dw2, db1, db2, dscores if needs_scores else None
+    return dx, dw1, dw2 if w2_grad is None else None, db1, db2, dscores if needs_scores else None

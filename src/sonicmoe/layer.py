@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from sonicmoe import ops
 from sonicmoe.activations import Activation
-from sonicmoe.autograd import Form, Kept, backward_steps, forward_steps
+from sonicmoe.autograd import Form, Kept, backward_steps, forward_steps, is_last, saves_privately
 from sonicmoe.functional import check_layout, check_tensors, resolve_backend
 from sonicmoe.ops._once import once
 from sonicmoe.routing.token_rounding import TokenRounding
@@ -154,7 +154,7 @@ class MoELayer(torch.autograd.Function):
         kept = (tokens if needs_w1 or needs_router else None, w1 if needs_x else None, w2, b2, *of_experts)
         ctx.save_for_backward(*kept, *of_router)
         ctx.set_materialize_grads(False)
-        ctx.kind, ctx.shape = kind, x.shape
+        ctx.kind, ctx.shape, ctx.private = kind, x.shape, saves_privately()
         return o, loss
 
     @staticmethod
@@ -176,7 +176,8 @@ def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor
     if do is not None:
         of_tokens = do if flat else do.reshape(-1, do.shape[-1])
         needs = (needs_x, *needs_weights, needs_x or needs_router)
-        dx, *of_weights, dscores = backward_steps(steps, of_tokens.contiguous(), kept, needs, form)
+        own_h = ctx.private and is_last(of_tokens, *saved)
+        dx, *of_weights, dscores = backward_steps(steps, of_tokens.contiguous(), kept, needs, form, own_h=own_h)
         if dscores is not None:
             dlogits = route.backward(steps, dlogits, dscores, logits, *own)
     if dlogits is not None and needs_router:

@@ -48,14 +48,21 @@ class Layer:
         generator = torch.Generator().manual_seed(seed + 1)
         self.do = torch.randn(len(assigned), hidden, generator=generator).to(DEVICE, dtype)
 
-    def results(self, backend: str = "cute", dtype: torch.dtype | None = None, **options: Any) -> dict[str, Tensor]:
-        """o and the gradients; computed in another dtype than the layer's from the same, already rounded, values."""
+    def results(
+        self, backend: str = "cute", dtype: torch.dtype | None = None, retain: bool = False, **options: Any
+    ) -> dict[str, Tensor]:
+        """o and the gradients; computed in another dtype than the layer's from the same, already rounded, values.
+
+        retain: of the second of two backward passes.
+        """
         dtype = dtype or self.dtype
         weights = Weights(*(None if t is None else t.detach().to(dtype).requires_grad_() for t in self.weights))
         routing = self.routing._replace(scores=self.routing.scores.detach().clone().requires_grad_())
         x, w1, w2, b1, b2 = weights
         o = moe_experts(x, w1, w2, routing, b1, b2, backend=backend, **self.options, **options)
         leaves = {n: t for n, t in (weights._asdict() | {"scores": routing.scores}).items() if t is not None}
+        if retain:
+            torch.autograd.grad(o, list(leaves.values()), self.do.to(dtype), allow_unused=True, retain_graph=True)
         gradients = torch.autograd.grad(o, list(leaves.values()), self.do.to(dtype), allow_unused=True)
         named = {f"d{name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
         return {"o": o.detach()} | named
@@ -175,6 +182,13 @@ def test_two_runs_are_bitwise_equal() -> None:
         assert_same(first, layer.results())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", CLAMPED, "gelu"])
+@pytest.mark.parametrize("shape", [REGULAR, ODD])
+def test_dh_takes_the_place_of_h_only_in_the_last_backward(activation: str, shape: tuple[int, int, int]) -> None:
+    layer = Layer(ragged_assigned(700, 8), shape, activation=activation, padding=100, bias=True)
+    assert_same(layer.results(), layer.results(retain=True))
 
 
 @pytest.mark.parametrize("how", ["no_grad", "inference_mode"])
@@ -340,7 +354,12 @@ def test_keeps_h_alone_beyond_its_inputs() -> None:
     kept = torch.cuda.memory_allocated() - before - o.numel() * o.element_size()
     bytes_of_h = num_tokens * k * 2 * inter * 2
     assert bytes_of_h <= kept <= 1.02 * bytes_of_h
-    del o
+    torch.cuda.reset_peak_memory_stats()
+    o.backward(layer.do)
+    peak = torch.cuda.max_memory_allocated() - before
+    # dh where h was, a_s of half its size, dx_rows; o and the gradients.
+    most = 1.5 * bytes_of_h + (k + 2) * num_tokens * hidden * 2 + w1.nbytes + w2.nbytes
+    assert peak <= 1.02 * most
 
 
 @pytest.mark.unpoisoned

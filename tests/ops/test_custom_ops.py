@@ -37,8 +37,25 @@ def _calls(ragged: bool = False, dtype: torch.dtype = torch.float32, bias: bool 
         "aggregate": (y, scores, None, slot_row, cu_slots, T),
         "aggregate with parts": (y, None, parts, slot_row, cu_slots, T),
         "down_dgrad": (do, w2, b2, h, scores, cu_rows, row_token, row_slot, "swiglu"),
+        "down_dgrad_": (do, w2, b2, h.clone(), scores, cu_rows, row_token, row_slot, "swiglu"),
         "down_wgrad": (do, a_s, cu_rows, row_token),
         "down_wgrad_add_": (torch.ones_like(w2, dtype=torch.float32), do, a_s, cu_rows, row_token),
+        "down_wgrad_aggregate_": (
+            torch.ones_like(w2),
+            False,
+            do,
+            a_s,
+            cu_rows,
+            row_token,
+            y,
+            parts,
+            slot_row,
+            cu_slots,
+        ),
+        "down_wgrad_aggregate_ add_": (
+            *(torch.ones_like(w2, dtype=torch.float32), True, do, a_s, cu_rows, row_token),
+            *(y, None, slot_row, cu_slots),
+        ),
         "up_dgrad": (dh, w1, cu_rows, "concat"),
         "up_wgrad": (x, dh, cu_rows, row_token, "interleaved"),
         "up_wgrad_add_": (torch.ones_like(w1, dtype=torch.float32), x, dh, cu_rows, row_token, "concat"),
@@ -159,7 +176,7 @@ def test_bodies_give_what_the_ops_give(call: str) -> None:
         assert torch.equal(a, b)
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True) if isinstance(a, torch.Tensor))
     mutated = [a._version > v for a, v in zip(copies, before, strict=True) if isinstance(a, torch.Tensor)]
-    assert mutated.count(True) == call.endswith("add_")
+    assert mutated.count(True) == call.endswith("_")
     with pytest.raises(InvalidArgument, match="backend: got 'triton'"):
         body(*copies, "triton")
 

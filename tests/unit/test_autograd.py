@@ -90,10 +90,11 @@ FORWARD = ["up_proj", "down_proj", "aggregate"]
 @pytest.mark.parametrize(
     ("required", "backward"),
     [
-        ("x w1 w2 scores", "down_dgrad down_wgrad up_dgrad aggregate up_wgrad"),
-        ("x w1 w2 b1 b2 scores", "bias_grad down_dgrad down_wgrad up_dgrad aggregate up_wgrad bias_grad"),
+        ("x w1 w2 scores", "down_dgrad up_dgrad down_wgrad_aggregate_ up_wgrad"),
+        ("x w1 w2 b1 b2 scores", "bias_grad down_dgrad up_dgrad down_wgrad_aggregate_ up_wgrad bias_grad"),
         ("x scores", "down_dgrad up_dgrad aggregate"),
         ("x", "down_dgrad up_dgrad aggregate"),
+        ("x w2", "down_dgrad up_dgrad down_wgrad_aggregate_"),
         ("w1", "down_dgrad up_wgrad"),
         ("w2", "down_dgrad down_wgrad"),
         ("w1 w2", "down_dgrad down_wgrad up_wgrad"),
@@ -190,6 +191,66 @@ def test_create_graph_alone_gives_the_same_gradient() -> None:
     (dx,) = torch.autograd.grad(problem.run().sum(), x, create_graph=True)
     (expected,) = torch.autograd.grad(problem.run().sum(), x)
     torch.testing.assert_close(dx.detach(), expected, rtol=0, atol=0)
+
+
+class TestDhInThePlaceOfH:
+    """Where this is h's last use, and only there: a second backward and what others keep must still find h."""
+
+    @staticmethod
+    def _used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        used: list[str] = []
+
+        def spy(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *arguments: (used.append(name), body(*arguments))[1]
+
+        for name in ("down_dgrad", "down_dgrad_"):
+            monkeypatch.setattr(ops.bodies, name, spy(name, getattr(ops.bodies, name)))
+        return used
+
+    def test_by_a_plain_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        used, problem = self._used(monkeypatch), Problem(ragged=True)
+        problem.run().sum().backward()
+        assert used == ["down_dgrad_"]
+
+    def test_by_the_last_of_two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        used, problem = self._used(monkeypatch), Problem(ragged=True)
+        leaves, o = list(problem.leaves.values()), problem.run().square().sum()
+        first = torch.autograd.grad(o, leaves, retain_graph=True)
+        second = torch.autograd.grad(o, leaves, retain_graph=True)
+        third = torch.autograd.grad(o, leaves)
+        assert used == ["down_dgrad", "down_dgrad", "down_dgrad_"]
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(o, leaves)
+
+    def test_not_under_create_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        used, problem = self._used(monkeypatch), Problem()
+        torch.autograd.grad(problem.run().sum(), problem.leaves["x"], create_graph=True)
+        assert used == ["down_dgrad"]
+
+    def test_not_where_hooks_see_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        used, problem, kept = self._used(monkeypatch), Problem(), []
+
+        def pack(t: Tensor) -> tuple[Tensor, Tensor]:
+            kept.append((t, t.clone()))
+            return kept[-1]
+
+        with saved_tensors_hooks(pack, lambda pair: pair[0]):
+            o = problem.run()
+        o.sum().backward()
+        assert used == ["down_dgrad"] and len(kept) > 5
+        assert all(torch.equal(t, before) for t, before in kept)
+
+    @pytest.mark.parametrize(("reentrant", "name"), [(False, "down_dgrad"), (True, "down_dgrad_")])
+    def test_of_a_checkpoint(self, monkeypatch: pytest.MonkeyPatch, reentrant: bool, name: str) -> None:
+        used, problem = self._used(monkeypatch), Problem()
+        names = list(problem.leaves)
+
+        def layer(*leaves: Tensor) -> Tensor:
+            return problem.run(dict(zip(names, leaves, strict=True)))
+
+        checkpoint(layer, *problem.leaves.values(), use_reentrant=reentrant).sum().backward()
+        assert used == [name]
 
 
 def _surroundings() -> dict[str, Callable[[Problem], Tensor]]:

@@ -8,7 +8,7 @@ import pytest
 
 from perf import ledger, plots, report, tables
 from perf.ledger import Row
-from perf.roofline import KERNELS
+from perf.roofline import KERNELS, PARTS
 from perf.shapes import SHAPES
 
 GPU = "NVIDIA Test"
@@ -47,7 +47,7 @@ def synthetic() -> list[Row]:
     for count in (256, 131072):
         rows.append(row(f"7b@{count}", "loop", "both", count / 5e3, T=count, router=True))
         rows.append(row(f"7b@{count}", "sonicmoe", "both-from-idle", count / 5e3, T=count, router=True))
-    rows += [row("7b", "sonicmoe.MoE", f"breakdown-{part}", 0.3, router=True) for part in (*KERNELS, "rest")]
+    rows += [row("7b", "sonicmoe.MoE", f"breakdown-{part}", 0.3, router=True) for part in (*PARTS, "rest")]
     rows.append(row("7b", "sonicmoe.MoE", "breakdown-layer", 3.0, router=True))
     return rows
 
@@ -63,7 +63,7 @@ def test_every_table_has_its_numbers() -> None:
     assert "660 / 1000" in text["memory"]
     assert "| topk | 20 | 200 | 10.0x |" in text["router"]
     assert "120 µs" in text["host"] and "3000 ms, 2900 more than the second" in text["host"]
-    assert text["breakdown"].endswith("| 7b | 3.000 |" + " 10.0% |" * len(KERNELS) + " - | 10.0% |")
+    assert text["breakdown"].endswith("| 7b | 3.000 |" + " 10.0% |" * len(PARTS) + " - | 10.0% |")
     assert "| 256 | 0.026 / 0.051 | 0.051 / - | - | 100 | 2.00x | - |" in text["tokens"]
     assert "| 24576 | 2.500 / - | - | 7.000 / - | 102 | 2.80x | - |" in text["tokens"]
     assert "| 1/32 | 2.000 → 1.667 (+20.0%) |" in text["rounding"]

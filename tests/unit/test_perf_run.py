@@ -14,7 +14,7 @@ from perf import ledger, run, shapes
 from perf.ledger import Row
 from perf.peers import scattermoe
 from perf.problem import Form
-from perf.roofline import KERNELS
+from perf.roofline import KERNELS, PARTS
 from perf.what import host, router
 from sonicmoe import ops
 
@@ -162,8 +162,9 @@ def test_breakdown_adds_up(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "--what", "breakdown")
     assert ops.up_proj is before
     parts = {r.variant.removeprefix("breakdown-"): r.ms_p50 or 0.0 for r in rows}
-    assert set(parts) == {"layer", "router-products", "rest", *KERNELS}
-    assert all(parts[k] > 0 for k in KERNELS)
+    assert set(parts) == {"layer", "router-products", "rest", *PARTS}
+    assert sorted(k for kernels in PARTS.values() for k in kernels) == sorted(KERNELS)
+    assert all(parts[p] > 0 for p in PARTS)
     inner = sum(ms for part, ms in parts.items() if part != "layer")
     assert inner == pytest.approx(parts["layer"], rel=0.3)
 

@@ -32,7 +32,7 @@ def test_specs_are_those_that_the_ops_launch(activation: str, monkeypatch: pytes
         return lambda *arguments: None
 
     monkeypatch.setattr(_gemm.jit, "kernel", kernel)
-    monkeypatch.setattr(_gemm, "_processors", lambda device: 1)
+    monkeypatch.setattr(_gemm, "processors", lambda device: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "")
     _gemm._forget()
     form = dataclasses.replace(CPU, activation=activation, backend="cute")

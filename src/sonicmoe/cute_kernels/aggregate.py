@@ -15,7 +15,7 @@ class AggregateSpec:
     """Sums of gathered rows of `width` 16-bit numbers; tokens, rows and slots are counted at the launch.
 
     slots_per_token: None for a variable number, given by cu_slots. weighted: with scores. parts: columns of the partial
-    gradients of the scores; 0: there are none.
+    gradients of the scores; 0: there are none. beside: it runs beside the launch before it, of which it reads nothing.
 
     The launch takes rows (R, width), scores (S,) or None, parts (R, parts) or None, slot_row (S,), cu_slots (T+1,) or
     None, o (T, width), dscores (S,) or None.
@@ -26,6 +26,7 @@ class AggregateSpec:
     slots_per_token: int | None
     weighted: bool
     parts: int = 0
+    beside: bool = False
 
     @property
     def name(self) -> str:
@@ -48,7 +49,7 @@ class AggregateSpec:
         from .assembly import DTYPES, fake
         from .memory_bound.aggregate import Aggregate
 
-        kernel = Aggregate(self.width, self.dtype, self.slots_per_token, self.weighted, self.parts)
+        kernel = Aggregate(self.width, self.dtype, self.slots_per_token, self.weighted, self.parts, self.beside)
         rows, tokens, slots = cute.sym_int(), cute.sym_int(), cute.sym_int()
 
         def vector(size: Any, dtype: Any = cutlass.Float32) -> Any:
@@ -66,7 +67,7 @@ class AggregateSpec:
 
 
 def aot_specs() -> list[AggregateSpec]:
-    """Forward and backward, fixed and variable slots, rows of one and of several pieces, both dtypes."""
+    """Forward and backward, also beside a launch, fixed and variable slots, rows of one and of more pieces."""
     return [
         AggregateSpec(1536, "bf16", 8, weighted=True),
         AggregateSpec(1536, "bf16", 8, weighted=False, parts=2),
@@ -76,4 +77,6 @@ def aot_specs() -> list[AggregateSpec]:
         AggregateSpec(1536, "bf16", None, weighted=True),
         AggregateSpec(4096, "bf16", None, weighted=False, parts=8),
         AggregateSpec(64, "fp16", 64, weighted=True),
+        AggregateSpec(1536, "bf16", 8, weighted=False, parts=2, beside=True),
+        AggregateSpec(4096, "bf16", None, weighted=False, parts=8, beside=True),
     ]

@@ -10,9 +10,10 @@ from sonicmoe.ops.aggregate import aggregate
 from sonicmoe.ops.ahead import Router, compile_layer
 from sonicmoe.ops.balance import load_balance, load_balance_backward, load_balance_has_kernel
 from sonicmoe.ops.bias_grad import bias_grad
-from sonicmoe.ops.down_dgrad import down_dgrad
+from sonicmoe.ops.down_dgrad import down_dgrad, down_dgrad_
 from sonicmoe.ops.down_proj import down_proj
 from sonicmoe.ops.down_wgrad import down_wgrad, down_wgrad_add_
+from sonicmoe.ops.down_wgrad_aggregate import down_wgrad_aggregate_
 from sonicmoe.ops.plan import plan, plan_has_kernel
 from sonicmoe.ops.token_rounding import token_rounding, token_rounding_backward, token_rounding_has_kernel
 from sonicmoe.ops.topk import topk, topk_backward, topk_backward_add_, topk_has_kernel
@@ -27,9 +28,11 @@ __all__ = [
     "bodies",
     "compile_layer",
     "down_dgrad",
+    "down_dgrad_",
     "down_proj",
     "down_wgrad",
     "down_wgrad_add_",
+    "down_wgrad_aggregate_",
     "is_traced",
     "load_balance",
     "load_balance_backward",

@@ -51,7 +51,8 @@ def _forget() -> None:
 
 
 @cache
-def _processors(device: int) -> int:
+def processors(device: int) -> int:
+    """SMs of the device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -83,7 +84,7 @@ def spec_of(
 @cache
 def _kernel(device: int, *what: Any) -> tuple[Callable[..., None], int]:
     """(kernel, CTAs)"""
-    return _replaced.get(what[0]) or jit.kernel(spec_of(device, *what)), _processors(device)
+    return _replaced.get(what[0]) or jit.kernel(spec_of(device, *what)), processors(device)
 
 
 def check_gathered(argument: str, t: Tensor) -> None:
@@ -94,9 +95,12 @@ def check_gathered(argument: str, t: Tensor) -> None:
 
 def launch(
     variant: str, a: tuple[Tensor, ...], b: Tensor, out: tuple[Tensor | None, ...], cu_rows: Tensor, n: int, k: int,
-    *what: Any,
+    *what: Any, spare: int = 0,
 ) -> None:  # fmt: skip
-    """Launch a variant on the current device and stream. what: the arguments of `spec_of` from `activation` on."""
+    """Launch a variant on the current device and stream, but for `spare` of its SMs.
+
+    what: the arguments of `spec_of` from `activation` on.
+    """
     dtype = dtype_name("x", b)
     function, ctas = _kernel(b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype, *what)
-    function(a, (b,), out, cu_rows, ctas)
+    function(a, (b,), out, cu_rows, ctas - spare)

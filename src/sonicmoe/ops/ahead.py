@@ -91,7 +91,7 @@ def expert_specs(
         gemm("up_dgrad", hidden, width, None, interleaved, split),
         down,
         aggregate,
-        AggregateSpec(hidden, dtype, per_token, weighted=False, parts=parts),
+        AggregateSpec(hidden, dtype, per_token, weighted=False, parts=parts, beside=True),
         *([BiasDotSpec(hidden, dtype, experts, parts)] if biases[1] else []),
         *([BiasGradSpec(hidden, dtype, True, True)] if biases[1] else []),
         *([BiasGradSpec(halves * inter, dtype, False, False)] if biases[0] else []),

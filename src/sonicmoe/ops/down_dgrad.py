@@ -1,4 +1,7 @@
-"""down_dgrad: gather each row's dO, multiply by its expert's w2, and differentiate activation and score."""
+"""down_dgrad: gather each row's dO, multiply by its expert's w2, and differentiate activation and score.
+
+down_dgrad_ is the same with dh in the place of h, which it returns without.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,10 @@ from sonicmoe.ops._cute import dtype_name, kernel
 from sonicmoe.ops._op import define
 
 
-def _buffers(do: Tensor, w2: Tensor, h: Tensor, num_rows: int, parts_per_row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, a_s, and the parts in which a row's score gradient leaves the body."""
+def _buffers(do: Tensor, w2: Tensor, num_rows: int, parts_per_row: int) -> tuple[Tensor, Tensor]:
+    """a_s, and the parts in which a row's score gradient leaves the body."""
     parts_dtype = torch.promote_types(do.dtype, torch.float32)
-    parts = do.new_empty(num_rows, parts_per_row, dtype=parts_dtype)
-    return do.new_empty(num_rows, h.shape[1]), do.new_empty(num_rows, w2.shape[2]), parts
+    return do.new_empty(num_rows, w2.shape[2]), do.new_empty(num_rows, parts_per_row, dtype=parts_dtype)
 
 
 def _form(w2: Tensor, b2: Tensor | None, h: Tensor, dtype: str, activation: str) -> tuple[Any, ...]:
@@ -43,7 +45,12 @@ def _fake(
     if backend == "cute":
         form = _form(w2, b2, h, dtype_name("do", do), activation)
         per_row = _gemm.spec_of(do.device.index or 0, *form).part_columns
-    return _buffers(do, w2, h, row_token.shape[0], per_row)
+    dh = do.new_empty(row_token.shape[0], h.shape[1])
+    return dh, *_buffers(do, w2, row_token.shape[0], per_row)
+
+
+def _fake_over_h(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake(*arguments)[1:]
 
 
 def _cute(
@@ -57,18 +64,45 @@ def _cute(
     row_slot: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dh = do.new_empty(row_token.shape[0], h.shape[1])
+    return dh, *_launch(dh, do, w2, b2, h, scores, cu_rows, row_token, row_slot, activation)
+
+
+def _cute_over_h(
+    do: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    h: Tensor,
+    *of_rows: Any,
+) -> tuple[Tensor, Tensor]:
+    return _launch(h, do, w2, b2, h, *of_rows)
+
+
+def _launch(
+    dh: Tensor,
+    do: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    h: Tensor,
+    scores: Tensor,
+    cu_rows: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Into dh, which may be h: a CTA reads an element of h before it writes that of dh, and no other CTA needs it."""
     dtype = dtype_name("do", do)
     form = _form(w2, b2, h, dtype, activation)
     per_row = _gemm.spec_of(do.device.index, *form).part_columns
-    dh, a_s, parts = _buffers(do, w2, h, row_token.shape[0], per_row)
+    a_s, parts = _buffers(do, w2, row_token.shape[0], per_row)
     if row_token.shape[0]:
         outputs = (h, dh, a_s, scores, row_slot, parts)
         variant, _, inter, hidden, _, *rest = form
-        _gemm.launch("down_dgrad", (do, row_token), w2, outputs, cu_rows, inter, hidden, *rest)
+        _gemm.launch(variant, (do, row_token), w2, outputs, cu_rows, inter, hidden, *rest)
         if b2 is not None:
             _, function = kernel(do, BiasDotSpec, do.shape[1], dtype, b2.shape[0], per_row)
             function(do, b2, cu_rows, row_token, parts)
-    return dh, a_s, parts
+    return a_s, parts
 
 
 down_dgrad = define(
@@ -77,4 +111,12 @@ down_dgrad = define(
     fake=_fake,
     reference=reference.down_dgrad,
     cute=_cute,
+)
+
+down_dgrad_ = define(
+    "down_dgrad_(Tensor do, Tensor w2, Tensor? b2, Tensor(a!) h, Tensor scores, Tensor cu_rows, Tensor row_token, "
+    "Tensor row_slot, str activation, str backend) -> (Tensor, Tensor)",
+    fake=_fake_over_h,
+    reference=reference.down_dgrad_,
+    cute=_cute_over_h,
 )

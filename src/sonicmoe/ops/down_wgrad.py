@@ -17,22 +17,26 @@ def _fake_add(dw2: Tensor, do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: 
     return None
 
 
-def _launch(variant: str, dw2: Tensor, do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: Tensor) -> None:
-    _gemm.check_gathered("do", do)
-    _gemm.launch(variant, (do, row_token), a_s, (dw2,), cu_rows, a_s.shape[1], do.shape[1])
+def launch(
+    dw2: Tensor, adds: bool, do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: Tensor, spare: int = 0
+) -> None:
+    """Into dw2, or added to it; but for `spare` of the device's SMs."""
+    if a_s.shape[0]:
+        variant = "down_wgrad_add" if adds else "down_wgrad"
+        _gemm.check_gathered("do", do)
+        _gemm.launch(variant, (do, row_token), a_s, (dw2,), cu_rows, a_s.shape[1], do.shape[1], spare=spare)
+    elif not adds:
+        dw2.zero_()
 
 
 def _cute(do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: Tensor) -> Tensor:
     dw2 = _fake(do, a_s, cu_rows, row_token, "cute")
-    if not a_s.shape[0]:
-        return dw2.zero_()
-    _launch("down_wgrad", dw2, do, a_s, cu_rows, row_token)
+    launch(dw2, False, do, a_s, cu_rows, row_token)
     return dw2
 
 
 def _cute_add(dw2: Tensor, do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: Tensor) -> None:
-    if a_s.shape[0]:
-        _launch("down_wgrad_add", dw2, do, a_s, cu_rows, row_token)
+    launch(dw2, True, do, a_s, cu_rows, row_token)
 
 
 down_wgrad = define(

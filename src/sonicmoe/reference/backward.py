@@ -1,6 +1,6 @@
 """The backward's steps (mission: down_dgrad, down_wgrad, up_dgrad, up_wgrad, the biases) in plain torch.
 
-`aggregate`, the fifth step, is the forward's.
+`aggregate`, the fifth step, is the forward's; a layer takes it together with down_wgrad.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sonicmoe.activations import Activation
 from sonicmoe.reference.activation import act, act_backward
+from sonicmoe.reference.forward import aggregate
 from sonicmoe.reference.rows import accumulator, from_concat, row_buffer, rows_of_experts, to_concat
 
 
@@ -50,6 +51,23 @@ def down_dgrad(
     return dh, a_s, parts
 
 
+def down_dgrad_(
+    do: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    h: Tensor,
+    scores: Tensor,
+    cu_rows: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`down_dgrad` with dh in the place of h: returns a_s and parts."""
+    dh, a_s, parts = down_dgrad(do, w2, b2, h, scores, cu_rows, row_token, row_slot, activation)
+    h.copy_(dh)
+    return a_s, parts
+
+
 def down_wgrad(do: Tensor, a_s: Tensor, cu_rows: Tensor, row_token: Tensor) -> Tensor:
     """dw2[e] = sum over e's rows of do[row_token[r]]^T a_s[r]. Returns (E, H, I) in do's dtype, 0 for empty experts."""
     dw2 = do.new_zeros((cu_rows.shape[0] - 1, do.shape[1], a_s.shape[1]))
@@ -62,6 +80,25 @@ def down_wgrad_add_(dw2: Tensor, do: Tensor, a_s: Tensor, cu_rows: Tensor, row_t
     acc = accumulator(do.dtype)
     for e, rows in rows_of_experts(cu_rows, row_token.shape[0]):
         dw2[e] += do.index_select(0, row_token[rows]).to(acc).T @ a_s[rows].to(acc)
+
+
+def down_wgrad_aggregate_(
+    dw2: Tensor,
+    adds: bool,
+    do: Tensor,
+    a_s: Tensor,
+    cu_rows: Tensor,
+    row_token: Tensor,
+    dx_rows: Tensor,
+    parts: Tensor | None,
+    slot_row: Tensor,
+    cu_slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`down_wgrad` into dw2, or added to it, and `aggregate` of dx_rows, without scores: dx and dscores."""
+    if not adds:
+        dw2.zero_()
+    down_wgrad_add_(dw2, do, a_s, cu_rows, row_token)
+    return aggregate(dx_rows, None, parts, slot_row, cu_slots, do.shape[0])
 
 
 def up_dgrad(dh: Tensor, w1: Tensor, cu_rows: Tensor, w1_layout: str) -> Tensor:

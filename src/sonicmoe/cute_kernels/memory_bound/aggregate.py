@@ -4,6 +4,9 @@ A thread owns 16 bytes of one token's row and reads them from all of the token's
 loads are in flight together while the indices of the next ones come. Nothing is shared between threads. A row that is
 wider than THREADS chunks is cut into equal pieces, each worked on by its own CTA; short rows share a CTA. The CTAs
 after those of the tokens sum the parts of the scores' gradients, one slot per thread.
+
+beside: it needs nothing of the launch before it and begins as soon as all CTAs of that have, on the SMs that they
+leave. Its last CTA outlasts that launch, so that whatever comes after this kernel comes after both.
 """
 
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ class Aggregate:
     slots_per_token: int | None
     weighted: bool
     parts: int
+    beside: bool
 
     @property
     def chunks(self) -> int:
@@ -87,7 +91,8 @@ class Aggregate:
     ):
         cta, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
-        await_earlier()
+        if const_expr(not self.beside):
+            await_earlier()
         if cta < row_ctas:
             piece = cta % self.pieces
             token = cta // self.pieces * self.tokens + tid // self.lanes
@@ -98,6 +103,9 @@ class Aggregate:
             slot = (cta - row_ctas) * (self.tokens * self.lanes) + tid
             if cta >= row_ctas and slot < slot_row.shape[0]:
                 self.sum_parts(parts, slot_row, dscores, slot)
+        if const_expr(self.beside):
+            if cta == cute.arch.grid_dim()[0] - 1:
+                await_earlier()
 
     @cute.jit
     def sum_rows(self, rows, scores, slot_row, cu_slots, o, token, chunk):
