@@ -15,7 +15,9 @@ from perf.session import Options, Session, brief, time_cells
 from perf.shapes import Shape
 from perf.what.layers import available, built
 
-CALLS = {"host-launches": 50, "host-forward": 50, "host-inference": 50, "host-both": 25, "host-both-one-thread": 25}
+CALLS = {"host-launches": 50, "host-forward": 50, "host-inference": 50}
+# A queue of a thousand launches is full after 50 calls, and the host would wait for it.
+CALLS |= {"host-both": 25, "host-both-one-thread": 25, "host-both-graph": 25}
 HEADER = ("layer", "what", "µs per call", "p20", "p80")
 
 
@@ -53,20 +55,31 @@ def _calls(layer: Layer, problem: Problem) -> dict[str, Callable[[], object]]:
     return {
         "host-forward": layer.forward,
         "host-inference": inference,
-        # In rounds of 25 calls: a queue of a thousand launches is full after 50, and the host would wait for it.
         "host-both": both,
         # autograd's thread of the device has to be woken, and takes Python's lock in turns with its caller's
         "host-both-one-thread": one_thread,
     }
 
 
+def replay(layer: Layer, problem: Problem) -> Callable[[], object]:
+    """Forward and backward, captured in a CUDA graph."""
+    both, graph = _calls(layer, problem)["host-both"], torch.cuda.CUDAGraph()
+    both()
+    with torch.cuda.graph(graph):
+        both()
+    return graph.replay
+
+
 def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
     """sonicmoe's forward launches, sonicmoe.MoE, and the peers."""
     problem = Problem(shape, form)
     options = available(session, problem, options)
-    found: dict[tuple[str, str], Layer | Exception] = {("sonicmoe.MoE", "topk"): layers.module(problem, "topk")}
+    module = layers.module(problem, "topk")
+    found: dict[tuple[str, str], Layer | Exception] = {("sonicmoe.MoE", "topk"): module}
     found |= built(problem, options)
     work = {("sonicmoe", "topk", "host-launches"): launches(problem)}
+    if form.device.startswith("cuda"):
+        work["sonicmoe.MoE", "topk", "host-both-graph"] = replay(module, problem)
     for (name, routing), layer in found.items():
         if isinstance(layer, Exception):
             (session.fail if name.startswith("sonicmoe") else session.skip)(f"{shape.name} {name}: {brief(layer)}")

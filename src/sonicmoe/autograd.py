@@ -101,7 +101,8 @@ class MoEExperts(torch.autograd.Function):
     def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(*ctx.saved_tensors)  # once: under checkpointing they are computed anew each time
         needs, sums = ctx.needs_input_grad[:6], (ctx.w1_grad, ctx.w2_grad)
-        run, own_h = ops.steps(do, *kept, *sums), ctx.private and is_last(do, *kept)
+        run = ops.steps(do, *kept, *sums)
+        own_h = ctx.private and is_last(run)
         return *backward_steps(run, do.contiguous(), kept, needs, ctx.form, *sums, own_h), *(None,) * 8
 
 
@@ -110,9 +111,9 @@ def saves_privately() -> bool:
     return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
-def is_last(*tensors: Tensor | None) -> bool:
-    """Whether this backward is the last one of its graph (no retain_graph), and not one that is traced."""
-    return not (torch._C._autograd._get_current_graph_task_keep_graph() or ops.is_traced(tensors))
+def is_last(run: Any) -> bool:
+    """Whether this backward is the last one of its graph (no retain_graph), and one that nobody watches or traces."""
+    return run is ops.bodies and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def backward_steps(

@@ -88,7 +88,8 @@ def moe_experts(
     if backend == "cute" and not torch.compiler.is_compiling():
         sizes, biases = (w2.shape[0], w2.shape[1], w2.shape[2]), (b1 is not None, b2 is not None)
         per_token = slot_row.shape[0] // tokens.shape[0] if cu_slots is None else None
-        ops.compile_layer(tokens.device.index, sizes, x.dtype, form.activation, w1_layout, biases, per_token, training)
+        experts = ops.Experts(sizes, x.dtype, form.activation, w1_layout, biases, per_token, training)
+        ops.compile_layer(tokens.device.index, experts)
     if training:
         o = MoEExperts.apply(tokens, w1, w2, b1, b2, scores, *plan, w1_grad, w2_grad, form)
     else:

@@ -99,8 +99,8 @@ def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) ->
     if not route.has_kernels(logits) or not ops.load_balance_has_kernel(logits):
         return None
     biases, per_token = (b1 is not None, b2 is not None), k if rounding is None else None
-    form, sizes = (x.dtype, activation, w1_layout), (experts, hidden, inter)
-    ops.compile_layer(x.device.index, sizes, *form, biases, per_token, training, settings.router)
+    form = ops.Experts((experts, hidden, inter), x.dtype, activation, w1_layout, biases, per_token, training)
+    ops.compile_layer(x.device.index, form, settings.router)
     return Kind(route, Form(activation, w1_layout, "cute"))
 
 
@@ -176,7 +176,7 @@ def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor
     if do is not None:
         of_tokens = do if flat else do.reshape(-1, do.shape[-1])
         needs = (needs_x, *needs_weights, needs_x or needs_router)
-        own_h = ctx.private and is_last(of_tokens, *saved)
+        own_h = ctx.private and is_last(steps)
         dx, *of_weights, dscores = backward_steps(steps, of_tokens.contiguous(), kept, needs, form, own_h=own_h)
         if dscores is not None:
             dlogits = route.backward(steps, dlogits, dscores, logits, *own)

@@ -160,7 +160,8 @@ class MoE(nn.Module):
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
         training, act, router = torch.is_grad_enabled(), str(self.activation), self._routed
         per_token = router.k if router.rounding is None else None
-        ops.compile_layer(x.device.index, sizes, dtype, act, self.w1_layout, biases, per_token, training, router)
+        experts = ops.Experts(sizes, dtype, act, self.w1_layout, biases, per_token, training)
+        ops.compile_layer(x.device.index, experts, router)
 
     def extra_repr(self) -> str:
         return (

@@ -73,6 +73,15 @@ def test_in_a_cuda_graph() -> None:
         assert all(torch.equal(a, b) for a, b in zip(captured, _results(moe, x, do), strict=True))
 
 
+def test_as_a_graphed_callable() -> None:
+    """`torch.cuda.make_graphed_callables`: forward and backward are graphs of their own, replayed in turns."""
+    moe, x, do = _problem()
+    eager = _results(moe, x, do)
+    graphed = torch.cuda.make_graphed_callables(moe, (torch.randn_like(x).requires_grad_(),))
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(eager, _results(graphed, x, do), strict=True))
+
+
 @pytest.mark.unpoisoned
 def test_nothing_waits_for_the_device() -> None:
     moe, x, do = _problem(routing="token_rounding")

@@ -289,6 +289,24 @@ def test_gradients(dtype: str, experts: int, k: int, rule: str) -> None:
     assert close(actual.cpu()) and not actual.cpu()[~kept.any(dim=1)].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("experts", "k"), [(33, 5), (256, 16)])
+def test_gradients_are_added_to_others(dtype: str, experts: int, k: int) -> None:
+    logits = skewed_logits(200, experts, 1.0).to(DEVICE, DTYPES[dtype])
+    logits[0], logits[1, ::2], logits[2, 0] = -math.inf, -math.inf, math.nan
+    rounded = ops.token_rounding(logits, None, k, 8, "nearest", bound(200, experts, k, 8), "cute")
+    arguments = (torch.randn_like(rounded[0]), logits, *rounded[-3:])
+    of_scores = ops.token_rounding_backward(*arguments, "cute")
+    assert of_scores.abs().max() > 0.1
+    there = torch.randn_like(logits)
+    both, again = there.clone(), there.clone()
+    for added in (both, again):
+        ops.token_rounding_backward_add_(added, *arguments, "cute")
+    assert torch.equal(both, again)
+    within = torch.finfo(logits.dtype).eps * (there.abs() + 2 * of_scores.abs()).double() + 6e-8
+    assert bool(((both.double() - (there.double() + of_scores.double())).abs() <= within).all())
+
+
 @pytest.mark.parametrize("rule", DETERMINISTIC)
 def test_gradients_of_the_whole(rule: str) -> None:
     """Against autograd in fp64 through torch's version, on logits whose order is beyond doubt."""

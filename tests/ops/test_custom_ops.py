@@ -66,6 +66,7 @@ def _calls(ragged: bool = False, dtype: torch.dtype = torch.float32, bias: bool 
         "token_rounding": (logits, None, K, 2, "nearest", T * E),
         "token_rounding stochastic": (logits, draws, K, 2, "stochastic_mass", T * E),
         "token_rounding_backward": (torch.ones_like(rounded.scores), logits, *rounded[-3:]),
+        "token_rounding_backward_add_": (2 * logits, torch.ones_like(rounded.scores), logits, *rounded[-3:]),
     }
 
 

@@ -141,8 +141,9 @@ def _compare(seen: Seen, moe: MoE, x: Tensor, of: Callable[[Tensor, Tensor], lis
     hook.remove()
     assert (runs, none) == (1, 0)
     # The scores' gradients are added to the loss's, where there are both.
-    both = {"load_balance_backward", "topk_backward"} <= set(by_steps)
-    assert by_one == [f"{name}_add_" if both and name == "topk_backward" else name for name in by_steps]
+    both = "load_balance_backward" in by_steps
+    routing = ("topk_backward", "token_rounding_backward")
+    assert by_one == [f"{name}_add_" if both and name in routing else name for name in by_steps]
     assert _as_by_steps(one, steps, moe, x)
 
 

@@ -231,7 +231,7 @@ def run_ctas(
     assert not any(machine.groups.values()) and not any(machine.readers.values()) and not any(machine.stores.values())
     for cta, warp in itertools.product(range(cluster), range(4, WARPS)):
         consumer = warp // 4 - 1
-        mine = [i for i in range(len(sizes)) if i % schedule.turns == consumer % schedule.turns]
+        mine = [i for i in range(len(sizes)) if i % schedule.teams == consumer % schedule.teams]
         mine = [i for i in mine if i not in none and not (i in short and schedule.first_block(consumer, 128))]
         for (tile, accumulators, read), i in zip(results.found[cta * WARPS + warp], mine, strict=True):
             assert tile == i and read == [(i, FED, j) for j in range(results.ring_steps if inputs else 0)]

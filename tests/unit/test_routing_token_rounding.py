@@ -246,6 +246,10 @@ def test_the_backward_that_the_kernel_computes_is_that_of_autograd(rule: str, ex
     actual = ops.token_rounding_backward(dscores, logits, rounded.cu_slots, *bits, "torch")
     assert 0 < used < 30 * experts and expected.abs().max() > 0.1
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    there = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    both = there.clone()
+    ops.token_rounding_backward_add_(both, dscores, logits, rounded.cu_slots, *bits, "torch")
+    torch.testing.assert_close(both - there, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("experts", [1, 31, 32, 33, 100])

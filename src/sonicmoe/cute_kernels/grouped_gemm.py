@@ -134,7 +134,7 @@ class GroupedGemm:
         turn, clusters, rank = self.first_turn()
         turn += schedule.first(consumer) * clusters
         step = Uint32(0)
-        if const_expr(schedule.turns > 1):  # every tile has the same number of k steps
+        if const_expr(schedule.teams > 1):  # every tile has the same number of k steps
             step = Uint32(consumer * (self.groups.k_steps + epilogue.ring_steps))
         turns = self.groups.turns(table, clusters)
         schedule.start(consumer)
@@ -149,8 +149,8 @@ class GroupedGemm:
                 step += epilogue.ring_steps
             else:
                 step = main.pass_by(bars, tile.k_steps + epilogue.ring_steps, step, late)
-            step += (schedule.turns - 1) * (tile.k_steps + epilogue.ring_steps)
-            turn += schedule.turns * clusters
+            step += (schedule.teams - 1) * (tile.k_steps + epilogue.ring_steps)
+            turn += schedule.teams * clusters
         late.release(bars, step)
         epilogue.drain(lane)
 

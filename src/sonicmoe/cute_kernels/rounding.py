@@ -106,12 +106,15 @@ class RoundingSpec:
 class RoundingBackwardSpec:
     """Gradients of all logits from those of the slots' scores.
 
+    adds: to what dlogits holds.
+
     The launch takes dscores (S,) fp32, logits (T, experts), cu_slots (T + 1,), chosen and kept (T, masks(experts)), and
     dlogits (T, experts).
     """
 
     experts: int
     dtype: str  # of the logits and of their gradients
+    adds: bool = False
 
     @property
     def name(self) -> str:
@@ -142,7 +145,7 @@ class RoundingBackwardSpec:
         def index(*shape: Any) -> Any:
             return fake(cutlass.Int32, *shape, alignment=4)
 
-        return RoundingBackward(TokenRow(self.experts, self.dtype)), (
+        return RoundingBackward(TokenRow(self.experts, self.dtype), self.adds), (
             fake(cutlass.Float32, cute.sym_int(), alignment=4),
             of_pairs(),
             index(cute.sym_int()),
@@ -176,5 +179,7 @@ def aot_specs() -> list[RoundingSpec | RoundingBackwardSpec]:
         RoundingBackwardSpec(256, "bf16"),
         RoundingBackwardSpec(100, "fp16"),
         RoundingBackwardSpec(2048, "fp32"),
+        RoundingBackwardSpec(100, "fp32", adds=True),
+        RoundingBackwardSpec(256, "bf16", adds=True),
     ]
     return [*forward, *backward]

@@ -22,7 +22,7 @@ class Cooperative:
     """Both consumer warpgroups share a tile, half of its rows each."""
 
     stage_readers = CONSUMERS  # warpgroups that read a stage
-    turns = 1  # tiles of the CTA between two tiles of a warpgroup
+    teams = 1  # of warpgroups, which take the CTA's tiles in turns
     splits = True  # half a tile takes less time: the other warpgroup has nothing to do
 
     def blocks(self, tile_m: int) -> int:
@@ -50,7 +50,7 @@ class PingPong:
     """Each consumer warpgroup owns a whole tile; one multiplies while the other is in its epilogue."""
 
     stage_readers = 1
-    turns = CONSUMERS
+    teams = CONSUMERS
     splits = False
 
     def blocks(self, tile_m: int) -> int:

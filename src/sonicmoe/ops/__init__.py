@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe.ops._op import bodies, is_traced, is_watched
 from sonicmoe.ops.aggregate import aggregate
-from sonicmoe.ops.ahead import Router, compile_layer
+from sonicmoe.ops.ahead import Experts, Router, compile_layer
 from sonicmoe.ops.balance import load_balance, load_balance_backward, load_balance_has_kernel
 from sonicmoe.ops.bias_grad import bias_grad
 from sonicmoe.ops.down_dgrad import down_dgrad, down_dgrad_
@@ -15,13 +15,19 @@ from sonicmoe.ops.down_proj import down_proj
 from sonicmoe.ops.down_wgrad import down_wgrad, down_wgrad_add_
 from sonicmoe.ops.down_wgrad_aggregate import down_wgrad_aggregate_
 from sonicmoe.ops.plan import plan, plan_has_kernel
-from sonicmoe.ops.token_rounding import token_rounding, token_rounding_backward, token_rounding_has_kernel
+from sonicmoe.ops.token_rounding import (
+    token_rounding,
+    token_rounding_backward,
+    token_rounding_backward_add_,
+    token_rounding_has_kernel,
+)
 from sonicmoe.ops.topk import topk, topk_backward, topk_backward_add_, topk_has_kernel
 from sonicmoe.ops.up_dgrad import up_dgrad
 from sonicmoe.ops.up_proj import up_proj
 from sonicmoe.ops.up_wgrad import up_wgrad, up_wgrad_add_
 
 __all__ = [
+    "Experts",
     "Router",
     "aggregate",
     "bias_grad",
@@ -42,6 +48,7 @@ __all__ = [
     "steps",
     "token_rounding",
     "token_rounding_backward",
+    "token_rounding_backward_add_",
     "token_rounding_has_kernel",
     "topk",
     "topk_backward",

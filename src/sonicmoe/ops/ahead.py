@@ -31,44 +31,35 @@ class Router(NamedTuple):
     rounding: tuple[int, str] | None  # tile_m and rule
 
 
+class Experts(NamedTuple):
+    """What the kernels of `moe_experts` depend on."""
+
+    sizes: tuple[int, int, int]  # E, H, I
+    dtype: torch.dtype
+    activation: str
+    w1_layout: str
+    biases: tuple[bool, bool]  # whether there are b1 and b2
+    per_token: int | None  # slots of each token, None for a variable number
+    training: bool
+
+
 @cache
-def compile_layer(
-    device: int | None,
-    sizes: tuple[int, int, int],
-    dtype: torch.dtype,
-    activation: str,
-    w1_layout: str,
-    biases: tuple[bool, bool],
-    per_token: int | None,
-    training: bool,
-    router: Router | None = None,
-) -> None:
+def compile_layer(device: int | None, experts: Experts, router: Router | None = None) -> None:
     """Have a layer's kernels compiled, once in a process; returns at once.
 
-    sizes: E, H, I. biases: whether there are b1 and b2. per_token: slots of each token, None for a variable number.
     router: also its kernels, and those of the load balancing loss. Raises InvalidArgument if no kernel fits.
     """
-    name = NAMES.get(dtype, "")
+    name = NAMES.get(experts.dtype, "")
     if name in ("bf16", "fp16"):
-        act = Activation.parse(activation)
-        routing = router_specs(sizes[0], name, router, training) if router else []
-        experts = expert_specs(device, sizes, name, act, w1_layout, biases, per_token, training)
+        routing = router_specs(experts.sizes[0], name, router, experts.training) if router else []
         # Those that take long at first; so does token rounding, where it comes first.
-        compile_ahead([*routing[:1], *experts, *routing[1:]])
+        compile_ahead([*routing[:1], *expert_specs(device, experts), *routing[1:]])
 
 
-def expert_specs(
-    device: int | None,
-    sizes: tuple[int, int, int],
-    dtype: str,
-    act: Activation,
-    w1_layout: str,
-    biases: tuple[bool, bool],
-    per_token: int | None,
-    training: bool,
-) -> list[Spec]:
+def expert_specs(device: int | None, form: Experts) -> list[Spec]:
     """Of `moe_experts`, those that take longest to compile first."""
-    experts, hidden, inter = sizes
+    (experts, hidden, inter), dtype, act = form.sizes, NAMES[form.dtype], Activation.parse(form.activation)
+    _, _, _, w1_layout, biases, per_token, training = form
     halves, interleaved = 2 if act.gated else 1, w1_layout == "interleaved"
     split = 2 if interleaved else 1
     width = halves * inter // split
@@ -109,7 +100,8 @@ def router_specs(experts: int, dtype: str, router: Router, training: bool) -> li
         backward = [TopKBackwardSpec(experts, k, dtype, *form, adds) for adds in (True, False)]
     else:
         tile_m, rule = rounding
-        forward, backward = [RoundingSpec(experts, k, dtype, rule, tile_m)], [RoundingBackwardSpec(experts, dtype)]
+        forward = [RoundingSpec(experts, k, dtype, rule, tile_m)]
+        backward = [RoundingBackwardSpec(experts, dtype, adds) for adds in (True, False)]
     forward.append(BalanceSpec(experts, k, dtype))
     backward.append(BalanceBackwardSpec(experts, k, dtype))
     return forward + backward if training else forward

@@ -1,4 +1,5 @@
-"""token_rounding: top-K whose experts fill whole tiles; token_rounding_backward: the logits' gradients."""
+"""token_rounding: top-K whose experts fill whole tiles; token_rounding_backward: the logits' gradients;
+token_rounding_backward_add_: adds them to others."""
 
 from __future__ import annotations
 
@@ -82,12 +83,16 @@ def _backward_fake(
     return logits.new_empty(logits.shape)
 
 
-def _backward_cute(dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
+def _backward_launch(dlogits: Tensor, adds: bool, dscores: Tensor, logits: Tensor, *kept: Tensor) -> None:
     tokens, experts = logits.shape
-    dlogits = logits.new_empty(tokens, experts)
     if tokens:
-        _, function = kernel(logits, RoundingBackwardSpec, experts, dtype_name("logits", logits, _NAMES))
-        function(dscores.contiguous(), logits.contiguous(), cu_slots, chosen, kept, dlogits)
+        _, function = kernel(logits, RoundingBackwardSpec, experts, dtype_name("logits", logits, _NAMES), adds)
+        function(dscores.contiguous(), logits.contiguous(), *kept, dlogits)
+
+
+def _backward_cute(dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
+    dlogits = logits.new_empty(*logits.shape)
+    _backward_launch(dlogits, False, dscores, logits, cu_slots, chosen, kept)
     return dlogits
 
 
@@ -97,4 +102,23 @@ token_rounding_backward = define(
     fake=_backward_fake,
     reference=reference.token_rounding_backward,
     cute=_backward_cute,
+)
+
+
+def _fake_add(
+    dlogits: Tensor, dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor, backend: str
+) -> None:
+    return None
+
+
+def _cute_add(dlogits: Tensor, dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor) -> None:
+    _backward_launch(dlogits, True, dscores, logits, cu_slots, chosen, kept)
+
+
+token_rounding_backward_add_ = define(
+    "token_rounding_backward_add_(Tensor(a!) dlogits, Tensor dscores, Tensor logits, Tensor cu_slots, Tensor chosen, "
+    "Tensor kept, str backend) -> ()",
+    fake=_fake_add,
+    reference=reference.token_rounding_backward_add_,
+    cute=_cute_add,
 )

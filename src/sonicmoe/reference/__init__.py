@@ -21,7 +21,7 @@ from sonicmoe.reference.backward import (
 from sonicmoe.reference.balance import load_balance, load_balance_backward
 from sonicmoe.reference.forward import aggregate, down_proj, up_proj
 from sonicmoe.reference.plan import plan
-from sonicmoe.reference.token_rounding import token_rounding, token_rounding_backward
+from sonicmoe.reference.token_rounding import token_rounding, token_rounding_backward, token_rounding_backward_add_
 from sonicmoe.reference.topk import topk, topk_backward, topk_backward_add_
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "load_balance_backward",
     "token_rounding",
     "token_rounding_backward",
+    "token_rounding_backward_add_",
     "topk",
     "topk_backward",
     "topk_backward_add_",

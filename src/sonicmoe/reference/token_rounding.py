@@ -46,6 +46,17 @@ def rounded(scores: Tensor, chosen: Tensor, draws: Tensor | None, tile_m: int, r
 
 def token_rounding_backward(dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
     """Gradients (T, E) of logits, in their dtype, from those of the scores (S,) of the slots."""
+    return _gradients(dscores, logits, cu_slots, chosen, kept).to(logits.dtype)
+
+
+def token_rounding_backward_add_(
+    dlogits: Tensor, dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor
+) -> None:
+    """Add them to dlogits, rounded once."""
+    dlogits.copy_(working(dlogits) + _gradients(dscores, logits, cu_slots, chosen, kept))
+
+
+def _gradients(dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
     z = working(logits)
     is_chosen, is_kept = (unpacked(words, logits.shape[1]) for words in (chosen, kept))
     _, weights = exponentials(z)
@@ -53,7 +64,7 @@ def token_rounding_backward(dscores: Tensor, logits: Tensor, cu_slots: Tensor, c
     of_chosen = weights * is_chosen
     of_chosen = of_chosen / of_chosen.sum(dim=1, keepdim=True).clamp(min=1)
     if dscores.numel() == 0:
-        return torch.zeros_like(logits)
+        return torch.zeros_like(z)
     slot = cu_slots[:-1].unsqueeze(1) + is_kept.cumsum(dim=1) - 1
     # A pair that is not kept reads the slot before it, whose gradient may be anything.
     d = dscores[slot.clamp(min=0)].to(z.dtype).masked_fill(~is_kept, 0)
@@ -61,7 +72,7 @@ def token_rounding_backward(dscores: Tensor, logits: Tensor, cu_slots: Tensor, c
     common = (products * is_chosen).sum(dim=1, keepdim=True)
     common_all = (products * ~is_chosen).sum(dim=1, keepdim=True)
     gradient = products - of_chosen * common - of_all * common_all
-    return gradient.masked_fill(~torch.isfinite(logits), 0).to(logits.dtype)
+    return gradient.masked_fill(~torch.isfinite(logits), 0)
 
 
 def packed(bits: Tensor) -> Tensor:

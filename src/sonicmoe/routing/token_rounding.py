@@ -139,8 +139,10 @@ class TokenRounding(NamedTuple):
 
     def backward(self, run: Any, dlogits: Tensor | None, dscores: Tensor, logits: Tensor, *kept: Tensor) -> Tensor:
         """The gradients of logits from those of the routing's scores, added to dlogits if there are any."""
-        of_scores = run.token_rounding_backward(dscores, logits, *kept, "cute")
-        return of_scores if dlogits is None else dlogits.add_(of_scores)
+        if dlogits is None:
+            return run.token_rounding_backward(dscores, logits, *kept, "cute")
+        run.token_rounding_backward_add_(dlogits, dscores, logits, *kept, "cute")
+        return dlogits
 
 
 class RoundingCounts(NamedTuple):

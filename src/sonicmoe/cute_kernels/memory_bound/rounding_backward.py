@@ -5,14 +5,14 @@ A chosen pair's score is a softmax over the token's chosen experts, any other pa
     [j kept] d_j s_j - [j chosen] p_j Σ d s over kept chosen - q_j Σ d s over kept others
 
 with d the scores' gradients, s the scores, p and q the two softmaxes. The row stays in registers as exponentials, and
-the few gradients of scores are read twice.
+the few gradients of scores are read twice. They may be added to others.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from ..dependent import await_earlier
 from ..groups import ceil_div
@@ -28,6 +28,7 @@ LARGEST = 3.4028234663852886e38
 @dataclass(frozen=True)
 class RoundingBackward:
     row: TokenRow
+    adds: bool
 
     @cute.jit
     def __call__(
@@ -105,6 +106,8 @@ class RoundingBackward:
             own = choose(bit_of(is_chosen, i), share_chosen, share_all)
             result = terms[i] * (d * own - of_chosen * common - share_all * common_all)
             result = choose(bit_of(is_number, i), result, Float32(0.0))
+            if const_expr(self.adds):
+                result = result + row.load_one(dlogits, token, i * WARP + lane, row.inside(i, lane))
             store_number(DTYPES[row.dtype], row.at(dlogits, token, i, lane), result, row.inside(i, lane))
 
     def mask(self, t: cute.Tensor, token: Int32, i: int) -> Uint32:
