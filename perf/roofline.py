@@ -108,9 +108,9 @@ def kept_bytes(shape: Shape, *, rows: int | None = None, gated: bool = True, ite
 
 
 def peak_bytes(shape: Shape, *, rows: int | None = None, gated: bool = True, item: int = 2) -> int:
-    """The most that is alive at once in forward and backward beside x, dO, weights and routing.
+    """The most that the paper's steps hold at once, forward and backward, beside x, dO, weights and routing.
 
-    The paper's scratch (a, y; dh, a_s, dx_rows) beside h, and the gradients as they come, in the order of the steps.
+    Its scratch (a, y; dh, a_s, dx_rows) beside h, and the gradients as they come, one step after the other.
     """
     tokens, hidden, inter, experts, _ = shape.thiek
     rows = shape.rows if rows is None else rows

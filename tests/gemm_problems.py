@@ -150,6 +150,15 @@ def down_dgrad(spec: GemmSpec, batch: Batch, inputs: Inputs) -> Problem:
     return Problem((do, batch.row_token), w2, (h, dh, a_s, batch.scores, batch.row_slot, parts), results)
 
 
+def over_h(given: Problem) -> Problem:
+    """down_dgrad's problem with dh in the place of h."""
+    h, dh, *others = given.out
+    assert isinstance(h, Tensor) and isinstance(dh, Output)
+    dh = Output("dh", *h.shape, dtype=h.dtype, guard=PADDING, written=dh.written)
+    dh.initial = h
+    return given._replace(out=(dh, dh, *others))
+
+
 def up_dgrad(spec: GemmSpec, batch: Batch, inputs: Inputs) -> Problem:
     reduced = spec.halves * spec.k
     dh, w1 = inputs.rows(reduced), inputs.weight(reduced, spec.n, reduced)

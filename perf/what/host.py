@@ -17,7 +17,8 @@ from perf.what.layers import available, built
 
 CALLS = {"host-launches": 50, "host-forward": 50, "host-inference": 50}
 # A queue of a thousand launches is full after 50 calls, and the host would wait for it.
-CALLS |= {"host-both": 25, "host-both-one-thread": 25, "host-both-graph": 25}
+GRAPH = "host-both-graph"
+CALLS |= {"host-both": 25, "host-both-one-thread": 25, GRAPH: 25}
 HEADER = ("layer", "what", "µs per call", "p20", "p80")
 
 
@@ -61,12 +62,12 @@ def _calls(layer: Layer, problem: Problem) -> dict[str, Callable[[], object]]:
     }
 
 
-def replay(layer: Layer, problem: Problem) -> Callable[[], object]:
-    """Forward and backward, captured in a CUDA graph."""
-    both, graph = _calls(layer, problem)["host-both"], torch.cuda.CUDAGraph()
-    both()
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a call in a CUDA graph."""
+    call()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        both()
+        call()
     return graph.replay
 
 
@@ -74,22 +75,21 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
     """sonicmoe's forward launches, sonicmoe.MoE, and the peers."""
     problem = Problem(shape, form)
     options = available(session, problem, options)
-    module = layers.module(problem, "topk")
-    found: dict[tuple[str, str], Layer | Exception] = {("sonicmoe.MoE", "topk"): module}
+    found: dict[tuple[str, str], Layer | Exception] = {("sonicmoe.MoE", "topk"): layers.module(problem, "topk")}
     found |= built(problem, options)
     work = {("sonicmoe", "topk", "host-launches"): launches(problem)}
-    if form.device.startswith("cuda"):
-        work["sonicmoe.MoE", "topk", "host-both-graph"] = replay(module, problem)
     for (name, routing), layer in found.items():
         if isinstance(layer, Exception):
             (session.fail if name.startswith("sonicmoe") else session.skip)(f"{shape.name} {name}: {brief(layer)}")
             continue
         work |= {(name, routing, variant): call for variant, call in _calls(layer, problem).items()}
+    if form.device.startswith("cuda"):
+        work["sonicmoe.MoE", "topk", GRAPH] = work["sonicmoe.MoE", "topk", "host-both"]
     rows = []
     with session.bar(len(work), f"{shape.name} host") as bar:
         for (name, routing, variant), call in work.items():
             try:
-                seconds = issue_times(call, session.clock, CALLS[variant])
+                seconds = issue_times(captured(call) if variant == GRAPH else call, session.clock, CALLS[variant])
             except Exception as error:
                 note = session.fail if name.startswith("sonicmoe") else session.skip
                 note(f"{shape.name} {name} {variant}: {brief(error)}")

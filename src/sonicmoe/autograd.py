@@ -1,4 +1,4 @@
-"""The layer's one autograd Function: three ops forward, five backward, and the biases' sums."""
+"""The layer's one autograd Function: three launches forward, five backward, and the biases' sums."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class MoEExperts(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        kept = Kept(*ctx.saved_tensors)  # once: under checkpointing they are computed anew each time
+        kept = list(ctx.saved_tensors)  # once: under checkpointing they are computed anew each time
         needs, sums = ctx.needs_input_grad[:6], (ctx.w1_grad, ctx.w2_grad)
         run = ops.steps(do, *kept, *sums)
         own_h = ctx.private and is_last(run)
@@ -107,7 +107,10 @@ class MoEExperts(torch.autograd.Function):
 
 
 def saves_privately() -> bool:
-    """Whether a Function alone sees what it saves now: no hooks pack it, as for checkpoints or the host's memory."""
+    """Whether a Function alone sees what it saves now: no hooks pack it, as for checkpoints or the host's memory.
+
+    Not seen here: who reads `grad_fn.saved_tensors` or registers hooks for them there, and finds dh after the backward.
+    """
     return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
@@ -119,7 +122,7 @@ def is_last(run: Any) -> bool:
 def backward_steps(
     run: Any,
     do: Tensor,
-    kept: Kept,
+    kept: list[Tensor | None],
     needs: tuple[bool, ...],
     form: Form,
     w1_grad: Tensor | None = None,
@@ -128,9 +131,11 @@ def backward_steps(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, w2, b1, b2 and scores where needed; run as in `forward_steps`, do contiguous.
 
-    own_h: nobody will read h again, so dh takes its place.
+    kept: a `Kept` as a list, which is emptied: what nobody else holds is freed once it is read. own_h: nobody will read
+    h again, so dh takes its place.
     """
-    x, w1, w2, b2, h, scores, cu_rows, row_token, row_slot, slot_row, cu_slots = kept
+    x, w1, w2, b2, h, scores, cu_rows, row_token, row_slot, slot_row, cu_slots = Kept(*kept)  # type: ignore[arg-type]
+    kept.clear()
     needs_x, needs_w1, needs_w2, needs_b1, needs_b2, needs_scores = needs
     activation, w1_layout, backend = form
     dx = dw1 = dw2 = db1 = db2 = dscores = None
@@ -145,7 +150,10 @@ def backward_steps(
         a_s, parts = run.down_dgrad_(do, w2, b2, h, *of_rows, activation, backend)
     else:
         dh, a_s, parts = run.down_dgrad(do, w2, b2, h, *of_rows, activation, backend)
+    del h
     of_scores = parts if needs_scores else None
+    if not needs_w2:
+        a_s = None
     if needs_x:
         dx_rows = run.up_dgrad(dh, w1, cu_rows, w1_layout, backend)
     if needs_x and needs_w2:

@@ -53,7 +53,7 @@ class Kind(NamedTuple):
 
 
 _kinds: dict[Any, Kind | None] = {}
-_OF_EXPERTS = len(Kept._fields)
+_OF_EXPERTS, _X, _CU_ROWS = len(Kept._fields), Kept._fields.index("x"), Kept._fields.index("cu_rows")
 
 
 def is_seen(router: nn.Linear, x: Tensor, weights: Weights) -> bool:
@@ -164,24 +164,26 @@ class MoELayer(torch.autograd.Function):
 
 def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, router, w1, w2, b1 and b2, and none of what is no tensor."""
-    saved = ctx.saved_tensors  # once: under checkpointing they are computed anew each time
-    kept = Kept(*saved[:_OF_EXPERTS])
+    saved = list(ctx.saved_tensors)  # once: under checkpointing they are computed anew each time
+    steps = ops.steps(do, dloss, *saved)
     router, logits, *own = saved[_OF_EXPERTS:] or (None, None)
+    del saved[_OF_EXPERTS:]
+    x, cu_rows = saved[_X], saved[_CU_ROWS]
     needs_x, needs_router, *needs_weights = ctx.needs_input_grad[:6]
-    steps, (route, form), flat = ops.steps(do, dloss, *saved), ctx.kind, len(ctx.shape) == 2
+    (route, form), flat = ctx.kind, len(ctx.shape) == 2
     dx = drouter = dlogits = None
     of_weights: list[Tensor | None] = [None] * 4
     if dloss is not None:
-        dlogits = steps.load_balance_backward(dloss, logits, kept.cu_rows, route.k, "cute")
+        dlogits = steps.load_balance_backward(dloss, logits, cu_rows, route.k, "cute")
     if do is not None:
         of_tokens = do if flat else do.reshape(-1, do.shape[-1])
         needs = (needs_x, *needs_weights, needs_x or needs_router)
         own_h = ctx.private and is_last(steps)
-        dx, *of_weights, dscores = backward_steps(steps, of_tokens.contiguous(), kept, needs, form, own_h=own_h)
+        dx, *of_weights, dscores = backward_steps(steps, of_tokens.contiguous(), saved, needs, form, own_h=own_h)
         if dscores is not None:
             dlogits = route.backward(steps, dlogits, dscores, logits, *own)
     if dlogits is not None and needs_router:
-        drouter = dlogits.t().mm(kept.x)
+        drouter = dlogits.t().mm(x)
     if dlogits is not None and needs_x:
         assert router is not None
         dx = dlogits.mm(router) if dx is None else dx.addmm_(dlogits, router)

@@ -180,6 +180,8 @@ def test_what_is_compiled_ahead_is_what_a_layer_launches(
         o, loss = moe(x)
     if training:
         torch.autograd.grad(o.sum() + loss if with_loss else o.sum(), [x, *moe.parameters()])
+        moe.w2.requires_grad_(False)
+        torch.autograd.grad(moe(x)[0].sum(), x)
     assert set(launched) <= set(asked)
     # Of a routing's two backward kernels one is launched; that of the loss, if it is used.
     idle = {s.name.removesuffix("_sm_90a") for s in set(asked) - set(launched)}

@@ -114,6 +114,21 @@ def test_what_comes_next_finds_both_complete(hidden: int, inter: int, longer: st
         assert torch.equal(copies[2], expected[2]), longer
 
 
+def test_a_kernel_that_begins_early_waits_for_both() -> None:
+    """aggregate, which begins as the launch before it ends, writes where a_s, which the GEMM reads to its end, was."""
+    i = build(top_k_assigned(4096, EXPERTS, 8), 512, 2048)
+    expected, rows = i.expected(), i.a_s.shape[0]
+    every = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+    for _ in range(10):
+        mine, given = new_dw2(i), i._replace(a_s=i.a_s.clone())
+        place = given.a_s.data_ptr()
+        given.run(mine)
+        del given
+        o, _ = ops.aggregate(i.a_s, None, None, every, None, rows, "cute")
+        assert o.data_ptr() == place, "it has the memory of a_s"
+        assert torch.equal(mine, expected[0]) and torch.equal(o, i.a_s)
+
+
 def test_in_a_graph_and_on_two_streams() -> None:
     i = build(top_k_assigned(2048, EXPERTS, 4), 512, 512)
     dw2, dx, dscores = i.expected()

@@ -53,7 +53,7 @@ class Layer:
     ) -> dict[str, Tensor]:
         """o and the gradients; computed in another dtype than the layer's from the same, already rounded, values.
 
-        retain: of the second of two backward passes.
+        retain: of the last of two backward passes, once the first is shown to give the same.
         """
         dtype = dtype or self.dtype
         weights = Weights(*(None if t is None else t.detach().to(dtype).requires_grad_() for t in self.weights))
@@ -61,9 +61,10 @@ class Layer:
         x, w1, w2, b1, b2 = weights
         o = moe_experts(x, w1, w2, routing, b1, b2, backend=backend, **self.options, **options)
         leaves = {n: t for n, t in (weights._asdict() | {"scores": routing.scores}).items() if t is not None}
-        if retain:
-            torch.autograd.grad(o, list(leaves.values()), self.do.to(dtype), allow_unused=True, retain_graph=True)
-        gradients = torch.autograd.grad(o, list(leaves.values()), self.do.to(dtype), allow_unused=True)
+        wanted = (o, list(leaves.values()), self.do.to(dtype))
+        before = torch.autograd.grad(*wanted, allow_unused=True, retain_graph=True) if retain else None
+        gradients = torch.autograd.grad(*wanted, allow_unused=True)
+        assert before is None or all(map(torch.equal, before, gradients))
         named = {f"d{name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
         return {"o": o.detach()} | named
 

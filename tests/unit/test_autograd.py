@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -251,6 +252,29 @@ class TestDhInThePlaceOfH:
 
         checkpoint(layer, *problem.leaves.values(), use_reentrant=reentrant).sum().backward()
         assert used == [name]
+
+
+@pytest.mark.parametrize("frozen", ["", "w2"])
+def test_what_a_backward_has_read_is_freed_under_a_checkpoint(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When dx's rows are allocated: h, which nobody else holds there, and a_s where w2's gradient is not wanted."""
+    problem, alive = Problem(), []
+    leaves = {n: leaf.detach().requires_grad_(n != frozen) for n, leaf in problem.leaves.items()}
+    down_dgrad, up_dgrad = ops.bodies.down_dgrad, ops.bodies.up_dgrad
+    seen: list[weakref.ref[Tensor]] = []
+
+    def first(*arguments: Any) -> Any:
+        dh, a_s, parts = down_dgrad(*arguments)
+        seen.extend(map(weakref.ref, (arguments[3], a_s)))
+        return dh, a_s, parts
+
+    def then(*arguments: Any) -> Any:
+        alive.extend(r() is not None for r in seen)
+        return up_dgrad(*arguments)
+
+    monkeypatch.setattr(ops.bodies, "down_dgrad", first)
+    monkeypatch.setattr(ops.bodies, "up_dgrad", then)
+    checkpoint(lambda *_: problem.run(leaves), *leaves.values(), use_reentrant=False).sum().backward()
+    assert alive == [False, frozen != "w2"]
 
 
 def _surroundings() -> dict[str, Callable[[Problem], Tensor]]:

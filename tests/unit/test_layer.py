@@ -215,6 +215,27 @@ def test_checkpointing(seen: Seen, reentrant: bool) -> None:
     assert seen.take()[1] == 3
 
 
+def test_dh_takes_the_place_of_h_in_the_last_backward_alone(seen: Seen) -> None:
+    moe, x = _layer(), _x()
+    leaves, kept = [x, *moe.parameters()], []
+    roots = list(moe(x))
+    seen.take()
+    first = torch.autograd.grad(roots, leaves, _dos(roots), retain_graph=True)
+    assert "down_dgrad" in seen.take()[0]
+    second = torch.autograd.grad(roots, leaves, _dos(roots))
+    assert "down_dgrad_" in seen.take()[0]
+    assert _same(list(first), list(second))
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append((t, t.clone()))
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        roots = list(moe(x))
+    assert _same(list(first), list(torch.autograd.grad(roots, leaves, _dos(roots))))
+    assert len(kept) > 5 and all(torch.equal(t, before) for t, before in kept)
+
+
 def test_a_profiler_sees_ops_and_changes_nothing(seen: Seen) -> None:
     moe, x = _layer(), _x()
     expected = _results(moe, x, _both)

@@ -86,6 +86,7 @@ def expert_specs(device: int | None, form: Experts) -> list[Spec]:
         *([BiasDotSpec(hidden, dtype, experts, parts)] if biases[1] else []),
         *([BiasGradSpec(hidden, dtype, True, True)] if biases[1] else []),
         *([BiasGradSpec(halves * inter, dtype, False, False)] if biases[0] else []),
+        AggregateSpec(hidden, dtype, per_token, weighted=False, parts=parts),  # where w2 is frozen
     ]
 
 

@@ -16,15 +16,16 @@ from sonicmoe.ops.aggregate import launch as launch_sum
 from sonicmoe.ops.aggregate import outputs
 from sonicmoe.ops.down_wgrad import launch as launch_gemm
 
-# Measured on an H200: with I columns the GEMM takes I / 70 times as long as the sum on as many SMs, but never less than
-# 2.2 I / rows times as long with few rows per expert, for writing dw2.
+# Both end together where the GEMM of I columns has I / 70 times as many SMs as the sum: measured on an H200
+# (docs/notes/2026-11-28-beside.md). By their floors it would be I / 155, so 2.2 times fewer; the same factor is taken
+# where rows are few and the GEMM's floor is to write dw2.
 COLUMNS_OF_A_SUM = 70
-GRADIENT = 2.2
+MORE_THAN_FLOOR = 2.2
 
 
 def spare_sms(sms: int, rows: int, experts: int, inter: int) -> int:
     """How many SMs the GEMM leaves, so that both end at the same time. Even: its CTAs may come in clusters of two."""
-    gemm = inter * max(rows / COLUMNS_OF_A_SUM, GRADIENT * experts)
+    gemm = inter * max(rows / COLUMNS_OF_A_SUM, MORE_THAN_FLOOR * experts)
     return int(sms * rows / (rows + gemm)) // 2 * 2
 
 
