@@ -183,6 +183,9 @@ def test_what_is_compiled_ahead_is_what_a_layer_launches(
         moe.w2.requires_grad_(False)
         torch.autograd.grad(moe(x)[0].sum(), x)
     assert set(launched) <= set(asked)
+    # What does not wait for the launch before it comes right after the GEMM that leaves it SMs, and nowhere else.
+    before = [launched[i - 1].name for i, spec in enumerate(launched) if getattr(spec, "beside", False)]
+    assert before == ["down_wgrad_sm_90a"] * training
     # Of a routing's two backward kernels one is launched; that of the loss, if it is used.
     idle = {s.name.removesuffix("_sm_90a") for s in set(asked) - set(launched)}
     assert idle <= {"topk_backward", "token_rounding_backward", "balance_backward"} if training else not idle
