@@ -119,10 +119,8 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     """0 if every tree's kernels could be compiled and were right."""
     if not torch.cuda.is_available():
         raise SystemExit("kernels are timed on a GPU, and there is none")
-    form, trees = (
-        Form(dtype=arguments.dtype, device=device, backend="cute"),
-        list(dict.fromkeys(map(str, arguments.tree))),
-    )
+    form = Form(dtype=arguments.dtype, device=device, backend="cute")
+    trees = list(dict.fromkeys(map(str, arguments.tree)))
     gpu, lines, failed = gpu_key(torch.cuda.get_device_name(device)), [], []
     settings = Settings(arguments.repeats, arguments.warm_seconds, max_spin=0.1)
     names = arguments.shape or ([] if arguments.thiek else ["7b"])

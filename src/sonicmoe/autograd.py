@@ -157,9 +157,10 @@ def backward_steps(
     if needs_x:
         dx_rows = run.up_dgrad(dh, w1, cu_rows, w1_layout, backend)
     if needs_x and needs_w2:
-        dw2 = do.new_empty(*w2.shape) if w2_grad is None else w2_grad
+        dw2 = do.new_empty(*w2.shape) if w2_grad is None else None
+        target, adds = (w2_grad, True) if dw2 is None else (dw2, False)
         dx, dscores = run.down_wgrad_aggregate_(
-            dw2, w2_grad is not None, do, a_s, cu_rows, row_token, dx_rows, of_scores, slot_row, cu_slots, backend
+            target, adds, do, a_s, cu_rows, row_token, dx_rows, of_scores, slot_row, cu_slots, backend
         )
     elif needs_x:
         dx, dscores = run.aggregate(dx_rows, None, of_scores, slot_row, cu_slots, do.shape[0], backend)
@@ -178,4 +179,4 @@ def backward_steps(
         db1 = run.bias_grad(dh, cu_rows, None, None, None, backend).to(do.dtype)
         if w1_layout == "interleaved":
             db1 = db1.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-    return dx, dw1, dw2 if w2_grad is None else None, db1, db2, dscores if needs_scores else None
+    return dx, dw1, dw2, db1, db2, dscores if needs_scores else None

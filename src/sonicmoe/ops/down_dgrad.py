@@ -45,36 +45,19 @@ def _fake(
     if backend == "cute":
         form = _form(w2, b2, h, dtype_name("do", do), activation)
         per_row = _gemm.spec_of(do.device.index or 0, *form).part_columns
-    dh = do.new_empty(row_token.shape[0], h.shape[1])
-    return dh, *_buffers(do, w2, row_token.shape[0], per_row)
+    return do.new_empty(*h.shape), *_buffers(do, w2, row_token.shape[0], per_row)
 
 
 def _fake_over_h(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _fake(*arguments)[1:]
 
 
-def _cute(
-    do: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    h: Tensor,
-    scores: Tensor,
-    cu_rows: Tensor,
-    row_token: Tensor,
-    row_slot: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dh = do.new_empty(row_token.shape[0], h.shape[1])
-    return dh, *_launch(dh, do, w2, b2, h, scores, cu_rows, row_token, row_slot, activation)
+def _cute(do: Tensor, w2: Tensor, b2: Tensor | None, h: Tensor, *of_rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dh = do.new_empty(*h.shape)
+    return dh, *_launch(dh, do, w2, b2, h, *of_rows)
 
 
-def _cute_over_h(
-    do: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    h: Tensor,
-    *of_rows: Any,
-) -> tuple[Tensor, Tensor]:
+def _cute_over_h(do: Tensor, w2: Tensor, b2: Tensor | None, h: Tensor, *of_rows: Any) -> tuple[Tensor, Tensor]:
     return _launch(h, do, w2, b2, h, *of_rows)
 
 
