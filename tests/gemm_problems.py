@@ -208,13 +208,14 @@ def problem(spec: GemmSpec, batch: Batch) -> Problem:
     return _PROBLEMS[spec.variant.removesuffix("_add")](spec, batch, Inputs(spec, batch))
 
 
-def run(spec: GemmSpec, batch: Batch, given: Problem, ctas: int) -> dict[str, Tensor]:
-    """The kernel's results by name, by so many CTAs."""
+def run(spec: GemmSpec, batch: Batch, given: Problem, ctas: int, ticks: int = 0) -> dict[str, Tensor]:
+    """The kernel's results by name, by so many CTAs. ticks: what a pace's counter begins with."""
     outputs = [t for t in given.out if isinstance(t, Output)]
     for t in outputs:
         t.reset()
     out = tuple(t.view if isinstance(t, Output) else t for t in given.out)
-    jit.launch(spec, given.a, (given.b,), out, batch.cu_rows, ctas)
+    counter = torch.full((1,), ticks, dtype=torch.int32, device=DEVICE) if spec.paced else None
+    jit.launch(spec, given.a, (given.b,), out, batch.cu_rows, counter, ctas)
     found = {t.name: t.result() for t in outputs}
     if "parts" in found and spec.bias:
         assert found["parts"][:, -1].isnan().all(), "the last part is bias_dot's"

@@ -19,7 +19,7 @@ from torch import Tensor
 from sonicmoe.activations import GPT_OSS, NAMES, Activation
 from sonicmoe.configs.choice import candidates, tuned
 from sonicmoe.configs.tile import TileConfig
-from sonicmoe.cute_kernels.variants import GemmSpec, outputs
+from sonicmoe.cute_kernels.variants import PACED_K, GemmSpec, outputs
 
 GROUPS = 6
 # n, k: two tiles or more along n, along m of the weight gradients and along k; ragged: none of them whole
@@ -191,6 +191,36 @@ def test_bias_out() -> None:
 def test_numbers_of_groups(variant: str, groups: int) -> None:
     sizes = [300] if groups == 1 else [0 if g % 3 else (41 * g) % 200 for g in range(groups)]
     check(best(variant, (64, 72), groups=groups, **forms(variant)[-1]), sizes, 500, (132, 7))
+
+
+MANY = [300, 0, 1, 1000, 64, 129]
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:4])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_bands(variant: str, dtype: str) -> None:
+    """More n tiles than a band has, and the last band narrower."""
+    from sonicmoe.cute_kernels import assembly
+
+    form = forms(variant)[-1]
+    spec = best(variant, (2376 if variant == "up_proj" else 4744, 1160), dtype, **form)
+    groups, *_ = assembly.PARTS[variant](spec)
+    assert groups.band < groups.n_tiles and groups.n_tiles % groups.band
+    check(spec, MANY, 700, (132, 3))
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:4])
+def test_ctas_at_one_pace(variant: str) -> None:
+    """Waiting for each other; not waiting, as after a very large count; waiting in vain, after a very small one."""
+    spec = best(variant, (1416, PACED_K + 72), **forms(variant)[-1])
+    assert spec.paced
+    check(spec, MANY, 700, (132, 5))
+    batch = Batch(MANY, 700)
+    given = problem(spec, batch)
+    usual = run(spec, batch, given, 132)
+    for ticks in (1 << 30, -(1 << 30)):
+        found = run(spec, batch, given, 132, ticks)
+        assert all(torch.equal(found[name], usual[name]) for name in usual)
 
 
 @pytest.mark.parametrize("variant", ["up_proj", "down_dgrad"])

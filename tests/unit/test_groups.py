@@ -115,11 +115,17 @@ def plain(tile: Tile) -> Tile:
     return Tile(*map(int, tile))
 
 
+def grouped_m(groups: int, n_tiles: int, k_steps: int, splits: bool, band: int | None = None) -> GroupedM:
+    return GroupedM(groups, TILE_M, n_tiles, k_steps, band or n_tiles, splits)
+
+
 def expected_m(form: GroupedM, sizes: Sequence[int]) -> list[list[Tile]]:
     found, first = [], 0
     for g, size in enumerate(sizes):
-        for row in range(0, size, TILE_M):
-            found += [[Tile(g, first + row, size - row, 0, n, 0, form.k_steps)] for n in range(form.n_tiles)]
+        for band in range(0, form.n_tiles, form.band):
+            columns = range(band, min(band + form.band, form.n_tiles))
+            for row in range(0, size, TILE_M):
+                found += [[Tile(g, first + row, size - row, 0, n, 0, form.k_steps)] for n in columns]
         first += size
     return found
 
@@ -139,21 +145,27 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("n_tiles", [1, 3])
-def test_every_tile_of_grouped_m(warp: Warp, name: str, n_tiles: int) -> None:
+@pytest.mark.parametrize(("n_tiles", "band"), [(1, 1), (3, 3), (3, 2), (5, 1), (6, 3), (7, 3)])
+def test_every_tile_of_grouped_m(warp: Warp, name: str, n_tiles: int, band: int) -> None:
     sizes = SIZES[name]
-    form = GroupedM(len(sizes), TILE_M, n_tiles, 5, splits=False)
+    form = grouped_m(len(sizes), n_tiles, 5, splits=False, band=band)
     assert tiles(warp, form, sizes) == expected_m(form, sizes)
 
 
+def test_bands_are_for_large_weights() -> None:
+    """Of equal width but the last."""
+    assert [groups.band_of(n, groups.SMALL) for n in (1, 16, 17, 500)] == [1, 16, 17, 500]
+    assert [groups.band_of(n, groups.SMALL + 1) for n in (1, 16, 17, 32, 38, 56)] == [1, 16, 9, 16, 13, 14]
+
+
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("n_tiles", [1, 3])
+@pytest.mark.parametrize(("n_tiles", "band"), [(1, 1), (3, 3), (5, 2)])
 @pytest.mark.parametrize("clusters", [1, 2, 5, 132])
 def test_what_is_left_for_a_last_round_is_split_if_there_are_ctas_enough(
-    warp: Warp, name: str, n_tiles: int, clusters: int
+    warp: Warp, name: str, n_tiles: int, band: int, clusters: int
 ) -> None:
     sizes = SIZES[name]
-    form = GroupedM(len(sizes), TILE_M, n_tiles, 5, splits=True)
+    form = grouped_m(len(sizes), n_tiles, 5, splits=True, band=band)
     whole = expected_m(form, sizes)
     rest = len(whole) % clusters
     expected = whole
@@ -172,7 +184,7 @@ def test_what_is_left_for_a_last_round_is_split_if_there_are_ctas_enough(
 @pytest.mark.parametrize("count", [256, 500, 1000, 1024])
 def test_many_groups(warp: Warp, count: int) -> None:
     sizes = [0 if g % 3 else (41 * g) % 400 for g in range(count)]
-    form = GroupedM(count, TILE_M, 2, 1, splits=True)
+    form = grouped_m(count, 2, 1, splits=True)
     expected = expected_m(form, sizes)
     chosen = sorted({0, 1, len(expected) - 1, *range(0, len(expected), 41)})
     assert tiles(warp, form, sizes, chosen) == [expected[i] for i in chosen]

@@ -42,7 +42,7 @@ def test_each_tree_compiles_its_own(trees: tuple[Path, Path]) -> None:
         files.append(Path(file))
         with pytest.raises(ValueError, match="device_type=cuda"):
             a, b, out = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((8, 64), (4, 64, 64), (8, 64)))
-            compile.load(files[-1])((a,), (b,), (out, None), torch.zeros(5, dtype=torch.int32), 1)
+            compile.load(files[-1])((a,), (b,), (out, None), torch.zeros(5, dtype=torch.int32), None, 1)
     assert files[0] != files[1] and all(f.exists() for f in files)
 
 
@@ -64,7 +64,7 @@ def test_a_replaced_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     what = (4, 64, 64, "bf16")
     _gemm._forget()
     with _gemm.replaced("down_proj", print):
-        assert _gemm._kernel(0, "down_proj", *what) == (print, 132)
+        assert _gemm._kernel(0, "down_proj", *what) == (print, False, 132)
         assert _gemm._kernel(0, "up_dgrad", *what)[0] == "own up_dgrad"
     assert _gemm._kernel(0, "down_proj", *what)[0] == "own down_proj"
     _gemm._forget()

@@ -11,9 +11,10 @@ from .epilogue.add_weight import AddWeight
 from .epilogue.dact_reduce import DActReduce
 from .epilogue.store import StoreRows, StoreWeight, StoreWeightTransposed
 from .grouped_gemm import GroupedGemm
-from .groups import GroupedK, GroupedM, ceil_div
+from .groups import GroupedK, GroupedM, band_of, ceil_div
 from .mainloop import Mainloop
 from .operands import GatherColumns, GatherRows, RaggedColumns, Rows, Weight, WeightTransposed
+from .pace import Paced, Unpaced
 from .pipelines import Ring
 from .scheduler import Cooperative, PingPong
 from .variants import GemmSpec
@@ -29,7 +30,8 @@ def kernel(spec: GemmSpec) -> GroupedGemm:
     gathers = a.gathers or b.gathers
     ring = Ring(tile.stages, gathers, 4 * schedule.stage_readers, tile.cluster)
     mainloop = Mainloop(a, b, ring, schedule, tile.tile_m, tile.tile_n, groups.reduces_rows)
-    return GroupedGemm(spec.name, tile.cluster, groups, mainloop, epilogue(spec))
+    pace = Paced(groups.k_steps) if spec.paced else Unpaced()
+    return GroupedGemm(spec.name, tile.cluster, groups, mainloop, epilogue(spec), pace)
 
 
 def sources(spec: GemmSpec) -> tuple:
@@ -41,8 +43,9 @@ def sources(spec: GemmSpec) -> tuple:
 
 def grouped_m(spec: GemmSpec, columns: int, k_halves: int) -> GroupedM:
     steps = k_halves * ceil_div(spec.k, spec.tile.tile_k)
-    splits = SCHEDULES[spec.tile.schedule].splits
-    return GroupedM(spec.groups, spec.tile.tile_m, ceil_div(spec.n, columns), steps, splits)
+    n_tiles = ceil_div(spec.n, columns)
+    band, splits = band_of(n_tiles, spec.group_bytes), SCHEDULES[spec.tile.schedule].splits
+    return GroupedM(spec.groups, spec.tile.tile_m, n_tiles, steps, band, splits)
 
 
 def up_proj(spec: GemmSpec):
@@ -120,7 +123,7 @@ def fake(dtype, *shape, alignment: int = 16):
 
 
 def fake_arguments(spec: GemmSpec) -> tuple:
-    """(A tensors), (B tensors), (outputs), cu_rows, num_ctas: row and token counts are symbols"""
+    """(A tensors), (B tensors), (outputs), cu_rows, the pace's counter, num_ctas: row and token counts are symbols"""
     dtype, i32, f32 = DTYPES[spec.dtype], cutlass.Int32, cutlass.Float32
     rows, tokens, slots = cute.sym_int(), cute.sym_int(), cute.sym_int()
     g, n, k, halves = spec.groups, spec.n, spec.k, spec.halves
@@ -148,4 +151,5 @@ def fake_arguments(spec: GemmSpec) -> tuple:
         weight = (halves * n, k) if spec.variant.startswith("up") else (k, n)
         target = fake(f32 if spec.adds else dtype, g, *weight)
         a, b, out = gathered, (fake(dtype, rows, halves * n),), (target,)
-    return a, b, out, cu_rows, cutlass.Int32(1)
+    counter = fake(i32, 1, alignment=INDEX_ALIGNMENT) if spec.paced else None
+    return a, b, out, cu_rows, counter, cutlass.Int32(1)

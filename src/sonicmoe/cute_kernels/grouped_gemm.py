@@ -1,8 +1,8 @@
 """The grouped GEMM: one warp-specialised, persistent kernel for every variant.
 
 Groups say which rows a tile covers, two operand sources say what is loaded, an epilogue says what happens to the
-accumulators, a schedule says when the consumer warpgroups run. This class is the only place that knows all four, and it
-knows nothing else: roles, set-up, and the order of things.
+accumulators, a schedule says when the consumer warpgroups run, a pace whether CTAs wait for each other. This class is
+the only place that knows all five, and it knows nothing else: roles, set-up, and the order of things.
 
 Roles: warpgroup 0 loads (warp 0 issues TMA, all four warps gather), warpgroups 1 and 2 multiply and run the epilogue.
 Barriers: `full`/`empty` per stage (pipelines.py), named barriers 1, 2 (epilogue, one per consumer) and 3, 4
@@ -36,15 +36,17 @@ class GroupedGemm:
     groups: object
     mainloop: Mainloop
     epilogue: object
+    pace: object
 
     @cute.jit
-    def __call__(self, a: tuple, b: tuple, outputs: tuple, cu_rows: cute.Tensor, num_ctas: Int32, stream):
-        """a, b, outputs: the global tensors that the operand sources and the epilogue describe."""
+    def __call__(self, a: tuple, b: tuple, outputs: tuple, cu_rows: cute.Tensor, counter, num_ctas: Int32, stream):
+        """a, b, outputs: the global tensors that the operand sources and the epilogue describe; counter: the pace's."""
         self.kernel(
             self.mainloop.a.describe(a),
             self.mainloop.b.describe(b),
             self.epilogue.describe(outputs),
             cu_rows,
+            counter,
             self.mainloop.tiled_mma(),
         ).launch(
             grid=[cutlass.max(num_ctas // self.cluster, 1) * self.cluster, 1, 1],
@@ -69,7 +71,7 @@ class GroupedGemm:
         return Storage
 
     @cute.kernel
-    def kernel(self, a: tuple, b: tuple, outputs: tuple, cu_rows: cute.Tensor, tiled_mma: cute.TiledMma):
+    def kernel(self, a: tuple, b: tuple, outputs: tuple, cu_rows: cute.Tensor, counter, tiled_mma: cute.TiledMma):
         tid, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
@@ -79,7 +81,7 @@ class GroupedGemm:
         table = storage.table.get_tensor(cute.make_layout(self.groups.table_size))
         self.set_up(a, b, outputs, cu_rows, bars, table, warp, lane)
         if group == 0:
-            self.produce(a, b, outputs, cu_rows, storage, bars, table, tid, warp, lane)
+            self.produce(a, b, outputs, cu_rows, counter, storage, bars, table, tid, warp, lane)
         if group > 0:
             self.consume(outputs, cu_rows, tiled_mma, storage, bars, table, tid, group - 1)
         self.meet()  # no CTA may leave while another of its cluster can still write into its shared memory
@@ -104,19 +106,20 @@ class GroupedGemm:
             cute.arch.cluster_wait()
 
     @cute.jit
-    def produce(self, a, b, outputs, cu_rows, storage, bars, table, tid, warp, lane):
+    def produce(self, a, b, outputs, cu_rows, counter, storage, bars, table, tid, warp, lane):
         main, epilogue = self.mainloop, self.epilogue
         smem_a, smem_b = storage.a.data_ptr(), storage.b.data_ptr()
         cute.arch.setmaxregister_decrease(self.registers[0])
         if warp < (4 if main.ring.gathers else 1):
-            step = Uint32(0)
+            step, seen = Uint32(0), Int32(0)
             turn, clusters, rank = self.first_turn()
             turns = self.groups.turns(table, clusters)
             while turn < turns.count:
                 tile = self.groups.tile(turn, turns.halves, rank, cu_rows, table, lane)
                 load_a = main.a.open(a, smem_a, tile, tid, rank)
                 load_b = main.b.open(b, smem_b, tile, tid, rank)
-                step = main.produce(bars, load_a, load_b, tile.k_steps, step, warp)
+                keep = self.pace.open(counter, turn // clusters, clusters * self.cluster, lane)
+                step, seen = main.produce(bars, load_a, load_b, keep, tile.k_steps, step, seen, warp)
                 load = epilogue.feed(outputs, tile, (smem_b, smem_a), main.schedule, main.tile_m)
                 step = main.feed(bars, load, epilogue.ring_steps, epilogue.ring_bytes, step, warp)
                 turn += clusters

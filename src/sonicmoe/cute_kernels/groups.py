@@ -6,6 +6,9 @@ same number of tiles, an empty one with no k step, so that its result is written
 A number is that of a turn: one tile for each CTA of a cluster. In GroupedK these are neighbours along m, with the same
 columns of B; a tile past the end of m, which an odd number leaves over, reads zeros and stores nothing.
 
+Tiles of a group lie in bands of n tiles. Within a band n is the fastest axis, so that CTAs side by side share rows of
+A; one band ends before the next begins, so that a round needs few columns of B where the group's B is large.
+
 Turns are taken in rounds, one by each cluster. What GroupedM has left for a last round it may give out by halves, the
 upper and the lower 64 rows of a tile, if there are CTAs enough: that round is then shorter. Of a tile with fewer rows
 the lower half has none.
@@ -20,10 +23,17 @@ from cutlass import Boolean, Int32, const_expr
 
 WARP = 32
 BLOCK_M = 64  # rows of one wgmma
+BAND = 16  # n tiles, at most; about the side of a round that is as many rows as columns
+SMALL = 8 << 20  # bytes of a group's B that stay in the L2 cache as they are
 
 
 def ceil_div(a, b):
     return (a + b - 1) // b
+
+
+def band_of(n_tiles: int, b_bytes: int) -> int:
+    """n tiles of a band: all of a group whose B is small, else an equal part."""
+    return n_tiles if b_bytes <= SMALL else ceil_div(n_tiles, ceil_div(n_tiles, BAND))
 
 
 class Turns(NamedTuple):
@@ -47,6 +57,7 @@ class GroupedM:
     tile_m: int
     n_tiles: int
     k_steps: int
+    band: int  # n tiles of a band; the last one may be narrower
     splits: bool  # whether half a tile takes less time
 
     reduces_rows = False
@@ -105,11 +116,23 @@ class GroupedM:
         if lane < segments:
             before = table[segment * segments + lane + 1] <= m
         group = segment * segments + cute.arch.popc(cute.arch.vote_ballot_sync(before))
-        row = cu_rows[group] + (m - table[group]) * self.tile_m + lower * (self.tile_m // 2)
+        n = turn - m * self.n_tiles
+        m = m - table[group]
+        if const_expr(self.band < self.n_tiles):
+            m, n = self.in_bands(m * self.n_tiles + n, table[group + 1] - table[group])
+        row = cu_rows[group] + m * self.tile_m + lower * (self.tile_m // 2)
         rows = cu_rows[group + 1] - row
         if const_expr(self.splits):
             rows = cutlass.select_(turn >= halves, cutlass.min(rows, self.tile_m // 2), rows)
-        return Tile(group, row, rows, Int32(0), turn - m * self.n_tiles, Int32(0), Int32(self.k_steps))
+        return Tile(group, row, rows, Int32(0), n, Int32(0), Int32(self.k_steps))
+
+    def in_bands(self, number: Int32, m_tiles: Int32):
+        """(m, n) of the tile of that number in a group of m_tiles rows of tiles."""
+        first_n = number // (m_tiles * self.band) * self.band
+        number = number - first_n * m_tiles
+        width = cutlass.min(self.band, self.n_tiles - first_n)
+        m = number // width
+        return m, first_n + number - m * width
 
 
 @dataclass(frozen=True)

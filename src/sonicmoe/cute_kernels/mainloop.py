@@ -37,14 +37,18 @@ class Mainloop:
         )
 
     @cute.jit
-    def produce(self, bars: RingBarriers, a: Load, b: Load, k_steps: Int32, step: Uint32, warp: Int32):
-        """All producer threads: one tile's k steps. Returns the step after the last."""
+    def produce(
+        self, bars: RingBarriers, a: Load, b: Load, keep, k_steps: Int32, step: Uint32, seen: Int32, warp: Int32
+    ):
+        """All producer threads: one tile's k steps. keep, seen: of the pace. Returns the step after the last, and what
+        is seen then."""
         bulk_a, gather_a, carry_a = a
         bulk_b, gather_b, carry_b = b
         for k in cutlass.range(k_steps, unroll=1):
             self.ring.wait_empty(bars, step)
             stage = self.ring.stage(step)
             if warp == 0:
+                seen = keep(k, seen)
                 with cute.arch.elect_one():
                     self.ring.expect(bars, step, self.a.tma_bytes + self.b.tma_bytes)
                 bulk_a(k, stage, bars.full + stage)
@@ -53,7 +57,7 @@ class Mainloop:
             carry_b = gather_b(k, stage, carry_b)
             self.ring.gathered(bars, step)
             step += 1
-        return step
+        return step, seen
 
     @cute.jit
     def feed(self, bars: RingBarriers, load, steps: cutlass.Constexpr, tma_bytes: cutlass.Constexpr, step: Uint32,

@@ -11,7 +11,7 @@
 | *_add      | as the weight gradient of the name before it            | AddWeight, into fp32        |
 
 `n` and `k` are those of one half where gate and up lie side by side. The launch takes (A tensors), (B tensors),
-(output tensors), cu_rows, number of CTAs.
+(output tensors), cu_rows, the counter of the pace (pace.py) or None, number of CTAs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .grouped_gemm import GroupedGemm
 
 ARCH = "sm_90a"
+# Where CTAs keep to one pace: one round of tiles reads more than the L2 cache holds, and B is much of that.
+PACED_K = 6144
+PACED_BYTES = 16 << 20
 
 
 def outputs(variant: str, halves: int, keep_h: bool = True) -> int:
@@ -67,6 +70,17 @@ class GemmSpec:
     @property
     def outs(self) -> int:
         return outputs(self.variant, self.halves, self.keep_h)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a group's B, where rows are not reduced"""
+        return 2 * (self.halves if self.variant.startswith("up") else 1) * self.n * self.k
+
+    @property
+    def paced(self) -> bool:
+        """Whether CTAs keep to one pace (pace.py)"""
+        k = self.k * (self.halves if self.variant == "up_dgrad" else 1)
+        return "wgrad" not in self.variant and k >= PACED_K and self.group_bytes > PACED_BYTES
 
     @property
     def part_columns(self) -> int:
@@ -118,4 +132,7 @@ def aot_specs() -> list[GemmSpec]:
     found += [best(up_dgrad[0], interleaved=True, halves=2, n=200, k=72, dtype="fp16")]
     found += [best(up_wgrad[0], interleaved=True, halves=2, n=72, k=200, dtype="fp16")]
     adds = [best(s, variant=f"{s.variant}_add") for s in (wgrad[0], up_wgrad[0])]
+    # Several bands, and CTAs that keep to one pace.
+    found += [best(down[0], n=7168, k=2048), best(up_dgrad[0], n=7168, k=8192)]
+    found += [best(s, n=2048, k=7168) for s in (up[0], dgrad[0])]
     return found + adds + [replace(adds[1], interleaved=True, halves=2, n=256), best(down[0], groups=1000)]

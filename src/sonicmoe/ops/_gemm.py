@@ -82,9 +82,10 @@ def spec_of(
 
 
 @cache
-def _kernel(device: int, *what: Any) -> tuple[Callable[..., None], int]:
-    """(kernel, CTAs)"""
-    return _replaced.get(what[0]) or jit.kernel(spec_of(device, *what)), processors(device)
+def _kernel(device: int, *what: Any) -> tuple[Callable[..., None], bool, int]:
+    """(kernel, whether its CTAs keep to one pace, CTAs)"""
+    spec = spec_of(device, *what)
+    return _replaced.get(what[0]) or jit.kernel(spec), spec.paced, processors(device)
 
 
 def check_gathered(argument: str, t: Tensor) -> None:
@@ -102,5 +103,6 @@ def launch(
     what: the arguments of `spec_of` from `activation` on.
     """
     dtype = dtype_name("x", b)
-    function, ctas = _kernel(b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype, *what)
-    function(a, (b,), out, cu_rows, ctas - spare)
+    function, paced, ctas = _kernel(b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype, *what)
+    counter = b.new_zeros(1, dtype=torch.int32) if paced else None
+    function(a, (b,), out, cu_rows, counter, ctas - spare)
