@@ -5,8 +5,8 @@
 
 For those who change kernels: between two runs clocks and temperature differ by more than most changes are worth. Each
 tree compiles its own kernels, with the tile configurations that it chooses, in a process of its own; all are launched
-from here, with this tree's arguments. What a kernel computes is checked. Times are percentages of the speed
-of torch.bmm: nothing is written to the ledger.
+from here, with this tree's arguments: one that needs others, a pace's counter for example, is reported as failed. What
+a kernel computes is checked. Times are percentages of the speed of torch.bmm: nothing is written to the ledger.
 """
 
 from __future__ import annotations

@@ -208,14 +208,26 @@ def problem(spec: GemmSpec, batch: Batch) -> Problem:
     return _PROBLEMS[spec.variant.removesuffix("_add")](spec, batch, Inputs(spec, batch))
 
 
-def run(spec: GemmSpec, batch: Batch, given: Problem, ctas: int, ticks: int = 0) -> dict[str, Tensor]:
-    """The kernel's results by name, by so many CTAs. ticks: what a pace's counter begins with."""
+def steps_of_a_cta(spec: GemmSpec, batch: Batch, ctas: int) -> int:
+    """Of a GEMM whose rows are not reduced: all rounds of tiles, each as many steps as the ring takes for a tile."""
+    kernel, _ = spec.build()
+    groups = kernel.groups
+    tiles = groups.n_tiles * int(batch.cu_rows.diff().add(groups.tile_m - 1).floor_divide(groups.tile_m).sum())
+    rest = tiles % ctas
+    turns = tiles + (rest if groups.splits and 2 * rest <= ctas else 0)
+    return -(-turns // ctas) * (groups.k_steps + kernel.epilogue.ring_steps)
+
+
+def run(spec: GemmSpec, batch: Batch, given: Problem, ctas: int, count: int = 0) -> dict[str, Tensor]:
+    """The kernel's results by name, by so many CTAs. count: what a pace's counter begins with."""
     outputs = [t for t in given.out if isinstance(t, Output)]
     for t in outputs:
         t.reset()
     out = tuple(t.view if isinstance(t, Output) else t for t in given.out)
-    counter = torch.full((1,), ticks, dtype=torch.int32, device=DEVICE) if spec.paced else None
+    counter = torch.full((1,), count, dtype=torch.int32, device=DEVICE) if spec.paced else None
     jit.launch(spec, given.a, (given.b,), out, batch.cu_rows, counter, ctas)
+    if counter is not None:
+        assert int(counter) == count + ctas * steps_of_a_cta(spec, batch, ctas), "steps that the pace did not count"
     found = {t.name: t.result() for t in outputs}
     if "parts" in found and spec.bias:
         assert found["parts"][:, -1].isnan().all(), "the last part is bias_dot's"

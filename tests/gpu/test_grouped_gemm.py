@@ -211,15 +211,15 @@ def test_bands(variant: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS[:4])
 def test_ctas_at_one_pace(variant: str) -> None:
-    """Waiting for each other; not waiting, as after a very large count; waiting in vain, after a very small one."""
+    """Also with a counter that begins 30 steps a CTA too low, so that all rest, and with one so low that none does."""
     spec = best(variant, (1416, PACED_K + 72), **forms(variant)[-1])
     assert spec.paced
     check(spec, MANY, 700, (132, 5))
     batch = Batch(MANY, 700)
     given = problem(spec, batch)
     usual = run(spec, batch, given, 132)
-    for ticks in (1 << 30, -(1 << 30)):
-        found = run(spec, batch, given, 132, ticks)
+    for count in (-30 * 132, -(1 << 30)):
+        found = run(spec, batch, given, 132, count)
         assert all(torch.equal(found[name], usual[name]) for name in usual)
 
 

@@ -180,3 +180,38 @@ def test_shared_memory_is_what_the_kernel_asks_for(spec: Any, monkeypatch: pytes
     assert spec.why_invalid() is None
     monkeypatch.setattr(tile_module, "SHARED_MEMORY", asked - 1)
     assert f"{asked} bytes of shared memory" in (spec.why_invalid() or "")
+
+
+def spec(variant: str, n: int, k: int, halves: int = 1, **form: Any) -> GemmSpec:
+    outs = outputs(variant, halves)
+    return GemmSpec(variant, 256, n, k, "bf16", choose(variant, 256, n, k, outs, halves, "h200"), halves, **form)
+
+
+@pytest.mark.parametrize(
+    ("variant", "n", "k", "halves", "paced", "bands"),
+    [
+        # deepseek-v3.2: experts of which w1 takes 56 MiB, w2 28
+        ("up_proj", 2048, 7168, 2, True, {16: 16, 17: 9}),
+        ("down_proj", 7168, 2048, 1, False, {56: 14, 38: 13, 16: 16}),
+        ("down_dgrad", 2048, 7168, 2, True, {8: 8}),
+        ("up_dgrad", 7168, 4096, 1, False, {38: 13}),
+        ("up_dgrad", 7168, 2048, 2, False, {38: 13}),  # w1 interleaved: the halves are reduced
+        ("down_wgrad", 2048, 7168, 1, False, {56: 56}),
+        ("up_wgrad_add", 4096, 7168, 1, False, {56: 56}),
+        # Mixtral 8x7B
+        ("up_proj", 14336, 4096, 2, False, {112: 16}),
+        ("down_proj", 4096, 14336, 1, True, {22: 11}),
+        ("up_dgrad", 4096, 28672, 1, True, {22: 11}),
+        ("up_dgrad", 4096, 14336, 2, True, {22: 11}),
+        # small experts: 30B, and a long k with few columns
+        ("up_proj", 256, 4096, 2, False, {2: 2}),
+        ("down_proj", 4096, 256, 1, False, {22: 22}),
+        ("up_proj", 256, 8192, 2, False, {2: 2}),
+        ("down_dgrad", 512, 8192, 2, False, {17: 17}),
+    ],
+)
+def test_large_experts(variant: str, n: int, k: int, halves: int, paced: bool, bands: dict[int, int]) -> None:
+    """Which GEMMs keep to one pace, and the n tiles of a band by those that there are."""
+    act = SWIGLU if variant in ("up_proj", "down_dgrad") else None
+    of = spec(variant, n, k, halves, act=act, interleaved=act is None and halves > 1)
+    assert of.paced == paced and {tiles: of.band(tiles) for tiles in bands} == bands

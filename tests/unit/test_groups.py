@@ -152,12 +152,6 @@ def test_every_tile_of_grouped_m(warp: Warp, name: str, n_tiles: int, band: int)
     assert tiles(warp, form, sizes) == expected_m(form, sizes)
 
 
-def test_bands_are_for_large_weights() -> None:
-    """Of equal width but the last."""
-    assert [groups.band_of(n, groups.SMALL) for n in (1, 16, 17, 500)] == [1, 16, 17, 500]
-    assert [groups.band_of(n, groups.SMALL + 1) for n in (1, 16, 17, 32, 38, 56)] == [1, 16, 9, 16, 13, 14]
-
-
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(("n_tiles", "band"), [(1, 1), (3, 3), (5, 2)])
 @pytest.mark.parametrize("clusters", [1, 2, 5, 132])

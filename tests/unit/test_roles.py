@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from as_written import compiled_methods
-from lockstep import Deadlock, Lockstep
+from lockstep import Deadlock
 from machine import BYTES, FED, LANES, PARTS_OF_K, WARPS, Address, Machine, Stage
 
 pytest.importorskip("cutlass")
@@ -29,7 +29,7 @@ from sonicmoe.cute_kernels.grouped_gemm import GroupedGemm
 from sonicmoe.cute_kernels.groups import BLOCK_M, Tile, Turns
 from sonicmoe.cute_kernels.mainloop import BLOCK_K, Mainloop
 from sonicmoe.cute_kernels.operands import Load
-from sonicmoe.cute_kernels.pace import LEAD, PATIENCE, TICK, Paced, Unpaced
+from sonicmoe.cute_kernels.pace import TICK, Paced, Unpaced
 from sonicmoe.cute_kernels.pipelines import Late, Ring
 from sonicmoe.cute_kernels.scheduler import Cooperative, PingPong
 
@@ -198,8 +198,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
 def run_ctas(
     emulate: Callable[[Machine], None], schedule: Any, stages: int, sizes: tuple[int, ...], gathers: bool, seed: int,
     works: int = 0, inputs: bool = True, outs: int = 3, buffers: int = 0, cluster: int = 1,
-    short: tuple[int, ...] = (), parts: tuple[int, ...] = (), none: tuple[int, ...] = (), pace: Any = None,
-    counter: Any = None, **ring: int,
+    short: tuple[int, ...] = (), parts: tuple[int, ...] = (), none: tuple[int, ...] = (), counter: Any = None,
+    **ring: int,
 ) -> None:  # fmt: skip
     """One cluster that does all turns; checks what each consumer warp has accumulated, and read in its epilogues.
 
@@ -214,7 +214,8 @@ def run_ctas(
     ring_form = schedule.stage_readers, stages, (4, 2)
     results = Results(None, buffers, 1, works, *ring_form, machine, outs, inputs, defaultdict(list))
     tiles = Tiles(sizes, short, parts, none)
-    gemm = GroupedGemm("test", cluster, tiles, main, results, pace or Unpaced())
+    pace = Paced(tiles.k_steps, results.ring_steps) if counter else Unpaced()
+    gemm = GroupedGemm("test", cluster, tiles, main, results, pace)
     bars = queue.barriers(Address(0))
     queue.init(bars)
     memory = SimpleNamespace(data_ptr=lambda: None)
@@ -350,70 +351,13 @@ def test_a_missing_fence_is_noticed(emulate: Any, monkeypatch: pytest.MonkeyPatc
     fails(emulate, AssertionError)
 
 
-class Ticks:
-    """The counter of a pace, and what each CTA has counted."""
-
-    def __init__(self, lockstep: Lockstep, ctas: int) -> None:
-        self.lockstep, self.of_ctas, self.looks = lockstep, [0] * ctas, 0
-        self.iterator = SimpleNamespace(toint=lambda: 0)
-
-    def count(self, address: int) -> None:
-        self.of_ctas[self.lockstep.current] += 1
-
-    def read(self, address: int) -> int:
-        self.looks += 1
-        self.lockstep.wait()
-        return sum(self.of_ctas)
-
-
-def paced(
-    monkeypatch: pytest.MonkeyPatch, ctas: int, running: int, tiles: int, k_steps: int, seed: int
-) -> tuple[int, int]:
-    """(most ticks that a CTA was ever ahead of the mean, looks). `running` of the CTAs load all of their tiles, the
-    first one fastest."""
-    lockstep = Lockstep(seed)
-    ticks, ahead = Ticks(lockstep, ctas), [0.0]
-    monkeypatch.setattr(Paced, "keep", AS_WRITTEN[Paced]["keep"])
-    for name, stand_in in (("count_global", ticks.count), ("read_relaxed", ticks.read), ("Int32", int)):
-        monkeypatch.setattr(pace, name, stand_in)
-
-    def body() -> None:
-        seen = 0
-        for number in range(tiles):
-            keep = Paced(k_steps).open(ticks, number, ctas, 0)
-            for k in range(k_steps):
-                seen = keep(k, seen)
-                ahead[0] = max(ahead[0], ticks.of_ctas[lockstep.current] - sum(ticks.of_ctas) / ctas)
-                for _ in range(1 + lockstep.current):
-                    lockstep.wait()
-
-    lockstep.run([body] * running)
-    assert ticks.of_ctas == [tiles * -(-k_steps // TICK)] * running + [0] * (ctas - running)
-    return int(ahead[0]), ticks.looks
-
-
-@pytest.mark.parametrize("k_steps", [1, TICK, 3 * TICK + 1])
-def test_no_cta_is_far_ahead_of_the_mean(monkeypatch: pytest.MonkeyPatch, k_steps: int) -> None:
-    """As some would be, if they did not wait."""
-    found = [paced(monkeypatch, 5, 5, 20, k_steps, seed)[0] for seed in range(3)]
-    assert max(found) <= LEAD + 1
-    monkeypatch.setattr(pace, "LEAD", 10**6)
-    assert max(paced(monkeypatch, 5, 5, 20, k_steps, seed)[0] for seed in range(3)) > LEAD + 1
-
-
-def test_nobody_waits_long_for_ctas_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each waits in vain, then goes on to the end of its 80 ticks, counting as before and looking no more."""
-    _, looks = paced(monkeypatch, 6, 3, 40, 2 * TICK, 0)
-    assert 3 * PATIENCE <= looks <= 3 * 8 * PATIENCE
-
-
-@pytest.mark.parametrize("schedule", [Cooperative(), PingPong()], ids=str)
-def test_the_roles_at_one_pace(emulate: Any, monkeypatch: pytest.MonkeyPatch, schedule: Any) -> None:
-    """Of a CTA whose fellows do not come, and which therefore gives up."""
-    seen = []
-    monkeypatch.setattr(pace, "count_global", lambda address: seen.append(address))
-    monkeypatch.setattr(pace, "read_relaxed", lambda address: len(seen) - 10**6)
-    counter = SimpleNamespace(iterator=SimpleNamespace(toint=lambda: 7))
-    sizes = (2 * TICK,) * 4
-    run_ctas(emulate, schedule, 3, sizes, True, 0, pace=Paced(sizes[0]), counter=counter)
-    assert seen == [7] * 8
+@pytest.mark.parametrize(("schedule", "works"), [(Cooperative(), 0), (Cooperative(), 4), (PingPong(), 0)], ids=str)
+def test_the_roles_at_one_pace(emulate: Any, monkeypatch: pytest.MonkeyPatch, schedule: Any, works: int) -> None:
+    """Every step is counted once, those of the epilogue too."""
+    counted, counter = [], SimpleNamespace(iterator=SimpleNamespace(toint=lambda: 7))
+    monkeypatch.setattr(pace, "add_count", lambda address, steps: counted.append((address, steps)))
+    monkeypatch.setattr(pace, "read_relaxed", lambda address: 0)
+    monkeypatch.setattr(pace, "sleep", lambda nanoseconds: None)
+    run_ctas(emulate, schedule, 3, (2 * TICK + 3,) * 6, True, 0, works=works, outs=3, counter=counter)
+    of_epilogue = 4 if works else 0
+    assert counted == [(7, steps) for _ in range(6) for steps in (3 + of_epilogue, TICK, TICK)] + [(7, 0)]

@@ -11,7 +11,7 @@ from .epilogue.add_weight import AddWeight
 from .epilogue.dact_reduce import DActReduce
 from .epilogue.store import StoreRows, StoreWeight, StoreWeightTransposed
 from .grouped_gemm import GroupedGemm
-from .groups import GroupedK, GroupedM, band_of, ceil_div
+from .groups import GroupedK, GroupedM, ceil_div
 from .mainloop import Mainloop
 from .operands import GatherColumns, GatherRows, RaggedColumns, Rows, Weight, WeightTransposed
 from .pace import Paced, Unpaced
@@ -30,8 +30,9 @@ def kernel(spec: GemmSpec) -> GroupedGemm:
     gathers = a.gathers or b.gathers
     ring = Ring(tile.stages, gathers, 4 * schedule.stage_readers, tile.cluster)
     mainloop = Mainloop(a, b, ring, schedule, tile.tile_m, tile.tile_n, groups.reduces_rows)
-    pace = Paced(groups.k_steps) if spec.paced else Unpaced()
-    return GroupedGemm(spec.name, tile.cluster, groups, mainloop, epilogue(spec), pace)
+    end = epilogue(spec)
+    pace = Paced(groups.k_steps, end.ring_steps) if spec.paced else Unpaced()
+    return GroupedGemm(spec.name, tile.cluster, groups, mainloop, end, pace)
 
 
 def sources(spec: GemmSpec) -> tuple:
@@ -44,8 +45,8 @@ def sources(spec: GemmSpec) -> tuple:
 def grouped_m(spec: GemmSpec, columns: int, k_halves: int) -> GroupedM:
     steps = k_halves * ceil_div(spec.k, spec.tile.tile_k)
     n_tiles = ceil_div(spec.n, columns)
-    band, splits = band_of(n_tiles, spec.group_bytes), SCHEDULES[spec.tile.schedule].splits
-    return GroupedM(spec.groups, spec.tile.tile_m, n_tiles, steps, band, splits)
+    splits = SCHEDULES[spec.tile.schedule].splits
+    return GroupedM(spec.groups, spec.tile.tile_m, n_tiles, steps, spec.band(n_tiles), splits)
 
 
 def up_proj(spec: GemmSpec):

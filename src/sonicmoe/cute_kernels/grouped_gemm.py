@@ -114,15 +114,17 @@ class GroupedGemm:
             step, seen = Uint32(0), Int32(0)
             turn, clusters, rank = self.first_turn()
             turns = self.groups.turns(table, clusters)
+            keep = self.pace.open(counter)
             while turn < turns.count:
                 tile = self.groups.tile(turn, turns.halves, rank, cu_rows, table, lane)
                 load_a = main.a.open(a, smem_a, tile, tid, rank)
                 load_b = main.b.open(b, smem_b, tile, tid, rank)
-                keep = self.pace.open(counter, turn // clusters, clusters * self.cluster, lane)
                 step, seen = main.produce(bars, load_a, load_b, keep, tile.k_steps, step, seen, warp)
                 load = epilogue.feed(outputs, tile, (smem_b, smem_a), main.schedule, main.tile_m)
                 step = main.feed(bars, load, epilogue.ring_steps, epilogue.ring_bytes, step, warp)
                 turn += clusters
+            if warp == 0:
+                self.pace.leave(counter, turn, turns.count)
             main.ring.drain(bars, step)
 
     @cute.jit

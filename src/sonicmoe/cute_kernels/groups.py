@@ -23,17 +23,10 @@ from cutlass import Boolean, Int32, const_expr
 
 WARP = 32
 BLOCK_M = 64  # rows of one wgmma
-BAND = 16  # n tiles, at most; about the side of a round that is as many rows as columns
-SMALL = 8 << 20  # bytes of a group's B that stay in the L2 cache as they are
 
 
 def ceil_div(a, b):
     return (a + b - 1) // b
-
-
-def band_of(n_tiles: int, b_bytes: int) -> int:
-    """n tiles of a band: all of a group whose B is small, else an equal part."""
-    return n_tiles if b_bytes <= SMALL else ceil_div(n_tiles, ceil_div(n_tiles, BAND))
 
 
 class Turns(NamedTuple):

@@ -48,7 +48,7 @@ class Mainloop:
             self.ring.wait_empty(bars, step)
             stage = self.ring.stage(step)
             if warp == 0:
-                seen = keep(k, seen)
+                seen = keep(k, step, seen)
                 with cute.arch.elect_one():
                     self.ring.expect(bars, step, self.a.tma_bytes + self.b.tma_bytes)
                 bulk_a(k, stage, bars.full + stage)

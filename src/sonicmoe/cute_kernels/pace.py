@@ -2,57 +2,65 @@
 
 The tiles of one round of CTAs read some 8 KiB for each element of k, A and B together: of a long k more than the L2
 cache holds. CTAs left to themselves drift apart, by whole tiles in the end, and then find little there of what others
-have read. So each counts its ticks, of TICK k steps, in global memory, and one that is ahead of the mean waits.
+have read. So each counts its steps in global memory, and one that is ahead of the mean rests for a moment.
 
-Only time depends on it. A CTA that has waited in vain, since other kernels hold SMs that this one's CTAs need, does not
-wait again: nothing can hang.
+Only time depends on it, and nobody waits for anybody. Where some of the CTAs do not run, since other kernels hold SMs,
+the others come to be FAR ahead of the mean, which then says nothing, and rest no more. CTAs without a tile in the last
+round count one all the same, at once.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, Uint32
 
-from .groups import ceil_div
-from .ptx import count_global, read_relaxed
+from .ptx import add_count, read_relaxed, sleep
 
-TICK = 8  # k steps
-LEAD = 2  # ticks ahead of the mean
-PATIENCE = 128  # looks of a wait, each of about a microsecond
-GIVEN_UP = 0x7FFFFFFF
+TICK = 8  # k steps from one look at the counter to the next: some 7 us
+LEAD, FAR = 16, 48  # steps ahead of the mean between which a CTA rests
+REST = 3000  # ns, or up to twice that
 
 
 @dataclass(frozen=True)
 class Paced:
-    """Of tiles that all have k_steps."""
+    """Of tiles that all have so many steps: k steps, then those of the epilogue."""
 
     k_steps: int
+    ring_steps: int
 
-    def open(self, counter: cute.Tensor, number: Int32, ctas: Int32, lane: Int32) -> Callable:
-        """For a CTA's tile of that number: `keep(k, seen)`, called by one warp before it loads k step k.
+    @property
+    def between(self) -> int:
+        """Steps from a tile's last tick to the next tile's first"""
+        return (self.k_steps - 1) % TICK + 1 + self.ring_steps
 
-        counter: one int32, zero before the launch: the ticks of all CTAs. seen: what the warp knows of it, at first
-        zero; `keep` returns that of the next step.
+    def leave(self, counter: cute.Tensor, turn: Int32, turns: Int32):
+        """One warp, after its last tile: `turn` would be its next one, past all `turns`."""
+        ctas = cute.arch.grid_dim()[0]
+        missed = Int32(turn < (turns + ctas - 1) // ctas * ctas)
+        with cute.arch.elect_one():
+            add_count(counter.iterator.toint(), missed * (self.k_steps + self.ring_steps))
+
+    def open(self, counter: cute.Tensor) -> Callable:
+        """`keep(k, step, seen)`, called by one warp before it loads k step k of a tile.
+
+        counter: one int32, zero before the launch: the steps of all CTAs. seen: what the warp last saw there, at first
+        zero; `keep` returns that of the next step. It is read a tick ahead, so that nobody waits for it.
         """
         address = counter.iterator.toint()
-        first = number * ceil_div(self.k_steps, TICK)
-        return lambda k, seen: self.keep(address, first, ctas, lane, k, seen)
+        return lambda k, step, seen: self.keep(address, k, step, seen)
 
     @cute.jit
-    def keep(self, address: Int64, first: Int32, ctas: Int32, lane: Int32, k: Int32, seen: Int32):
+    def keep(self, address: Int64, k: Int32, step: Uint32, seen: Int32):
+        # Without a loop, in which ptxas would compute the gathered rows' addresses anew at every step.
         if k % TICK == 0:
-            if lane == 0:
-                count_global(address)
-            needed = (first + k // TICK - LEAD) * ctas
-            looks = Int32(0)
-            while (seen < needed) & (looks < PATIENCE):
-                seen = read_relaxed(address)
-                looks += 1
-            if looks == PATIENCE:
-                seen = Int32(GIVEN_UP)
-            if seen < GIVEN_UP:  # for the next tick: who need not wait then, does not wait for this either
-                seen = read_relaxed(address)
+            with cute.arch.elect_one():
+                add_count(address, TICK if k > 0 else self.between)
+            ctas = cute.arch.grid_dim()[0]
+            ahead = Int32(step) * ctas - seen
+            if (ahead > LEAD * ctas) & (ahead < FAR * ctas):
+                sleep(REST)
+            seen = read_relaxed(address)
         return seen
 
 
@@ -60,5 +68,8 @@ class Paced:
 class Unpaced:
     """Every CTA at its own pace; there is no counter."""
 
-    def open(self, counter: None, number: Int32, ctas: Int32, lane: Int32) -> Callable:
-        return lambda k, seen: seen
+    def open(self, counter: None) -> Callable:
+        return lambda k, step, seen: seen
+
+    def leave(self, counter: None, turn: Int32, turns: Int32):
+        pass

@@ -94,9 +94,9 @@ def add_global_pair(address: Int64, lo: Float32, hi: Float32):
     cute.arch.inline_ptx("red.global.add.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, lo, hi])
 
 
-def count_global(address: Int64):
-    """Add one to an integer of global memory, without waiting for it and in no order with other accesses."""
-    cute.arch.inline_ptx("red.relaxed.gpu.global.add.u32 [{$r0}], 1;", read_only_args=[address])
+def add_count(address: Int64, value: Int32):
+    """Add to an integer of global memory, without waiting for it and in no order with other accesses."""
+    cute.arch.inline_ptx("red.relaxed.gpu.global.add.u32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
 def read_relaxed(address: Int64) -> Int32:
@@ -104,6 +104,11 @@ def read_relaxed(address: Int64) -> Int32:
     return cute.arch.inline_ptx(
         "ld.relaxed.gpu.global.u32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address]
     )
+
+
+def sleep(nanoseconds: cutlass.Constexpr):
+    """Suspend the warp for up to twice this time."""
+    cute.arch.inline_ptx("nanosleep.u32 %d;" % nanoseconds)
 
 
 def tanh(x: Float32) -> Float32:

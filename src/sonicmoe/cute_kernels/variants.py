@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .grouped_gemm import GroupedGemm
 
 ARCH = "sm_90a"
-# Where CTAs keep to one pace: one round of tiles reads more than the L2 cache holds, and B is much of that.
-PACED_K = 6144
-PACED_BYTES = 16 << 20
+# How a GEMM whose groups have a large B spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md).
+BAND, BANDED_BYTES = 16, 8 << 20  # n tiles of a band, at most; of groups with a B larger than this
+PACED_K, PACED_BYTES = 6144, 16 << 20  # one pace: from this k on, likewise
 
 
 def outputs(variant: str, halves: int, keep_h: bool = True) -> int:
@@ -72,15 +72,21 @@ class GemmSpec:
         return outputs(self.variant, self.halves, self.keep_h)
 
     @property
-    def group_bytes(self) -> int:
-        """Bytes of a group's B, where rows are not reduced"""
-        return 2 * (self.halves if self.variant.startswith("up") else 1) * self.n * self.k
+    def _group_bytes(self) -> int:
+        """Bytes of a group's B: a weight, whose halves are none of down_dgrad's business; 0 where rows are reduced"""
+        halves = self.halves if self.variant.startswith("up") else 1
+        return 0 if "wgrad" in self.variant else 2 * halves * self.n * self.k
+
+    def band(self, n_tiles: int) -> int:
+        """n tiles of a band (groups.py): all, or equal parts of them"""
+        bands = -(-n_tiles // BAND) if self._group_bytes > BANDED_BYTES else 1
+        return -(-n_tiles // bands)
 
     @property
     def paced(self) -> bool:
         """Whether CTAs keep to one pace (pace.py)"""
         k = self.k * (self.halves if self.variant == "up_dgrad" else 1)
-        return "wgrad" not in self.variant and k >= PACED_K and self.group_bytes > PACED_BYTES
+        return k >= PACED_K and self._group_bytes > PACED_BYTES
 
     @property
     def part_columns(self) -> int:
