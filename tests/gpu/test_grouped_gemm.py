@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_as_good
-from gemm_problems import DTYPES, Batch, over_h, problem, run
+from gemm_problems import DTYPES, Batch, over_h, problem, run, steps_of_a_cta
 from torch import Tensor
 
+from sonicmoe import jit, ops
 from sonicmoe.activations import GPT_OSS, NAMES, Activation
 from sonicmoe.configs.choice import candidates, tuned
 from sonicmoe.configs.tile import TileConfig
 from sonicmoe.cute_kernels.variants import PACED_K, GemmSpec, outputs
+from sonicmoe.ops import _gemm
 
 GROUPS = 6
 # n, k: two tiles or more along n, along m of the weight gradients and along k; ragged: none of them whole
@@ -221,6 +223,33 @@ def test_ctas_at_one_pace(variant: str) -> None:
     for count in (-30 * 132, -(1 << 30)):
         found = run(spec, batch, given, 132, count)
         assert all(torch.equal(found[name], usual[name]) for name in usual)
+
+
+def test_each_replay_counts_from_zero() -> None:
+    """Of an op whose GEMM keeps to one pace, captured in a graph."""
+    inter, hidden, batch = 1200, 7168, Batch([200, 100], 150)
+    x = torch.randn(batch.tokens + 1, hidden, device="cuda", dtype=torch.bfloat16)
+    w1 = torch.randn(2, 2 * inter, hidden, device="cuda", dtype=torch.bfloat16).div_(hidden**0.5)
+    spec = _gemm.spec_of(0, "up_proj", 2, inter, hidden, "bf16", "swiglu", False, 2)
+    counters: list[Tensor] = []
+
+    def kernel(*arguments: Any) -> None:
+        counters.append(arguments[4])
+        jit.launch(spec, *arguments)
+
+    def call() -> tuple[Tensor, Tensor]:
+        return ops.up_proj(x, w1, None, batch.cu_rows, batch.row_token, "swiglu", "concat", True, "cute")
+
+    expected, graph = call(), torch.cuda.CUDAGraph()
+    with _gemm.replaced("up_proj", kernel), torch.cuda.graph(graph):
+        found = call()
+    sms = _gemm.processors(0)
+    for _ in range(3):
+        for t in found:
+            t.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(f[: batch.rows], e[: batch.rows]) for f, e in zip(found, expected, strict=True))
+        assert counters[0].tolist() == [sms * steps_of_a_cta(spec, batch, sms)]
 
 
 @pytest.mark.parametrize("variant", ["up_proj", "down_dgrad"])
