@@ -24,7 +24,7 @@ MEMCHECK ?= --report-api-errors no
 TOOLS ?= memcheck synccheck racecheck
 # Small tests that launch every kernel: all GPU tests under one tool would take hours.
 SANITIZE ?= two_runs or one_k_step or odd_number_of_m or halves_apart or dtypes_and_biases or ties_zeros or \
-  another_layout or public_function or without_slots or writes_nothing_else
+  another_layout or public_function or without_slots or writes_nothing_else or few_rows
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 ifeq ($(VENV),)

@@ -225,6 +225,11 @@ def test_ctas_at_one_pace(variant: str) -> None:
         assert all(torch.equal(found[name], usual[name]) for name in usual)
 
 
+@pytest.mark.parametrize("variant", VARIANTS[:4])
+def test_few_rows_at_one_pace(variant: str) -> None:
+    check(best(variant, (1416, PACED_K + 72), **forms(variant)[-1]), *ROUTINGS["one token"], (132, 2))
+
+
 def test_each_replay_counts_from_zero() -> None:
     """Of an op whose GEMM keeps to one pace, captured in a graph."""
     inter, hidden, batch = 1200, 7168, Batch([200, 100], 150)

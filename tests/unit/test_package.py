@@ -180,6 +180,7 @@ def test_what_is_sanitized_launches_every_kernel() -> None:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
     for variant in ("up_proj", "down_proj", "down_dgrad", "up_dgrad", "down_wgrad", "up_wgrad", "down_wgrad_add"):
         assert f"test_one_k_step_and_one_chunk_of_columns[{variant}]" in found
-    for of in ("aggregate", "balance", "plan", "topk", "token_rounding", "layer.py::test_dtypes_and_biases"):
+    gemms = ("layer.py::test_dtypes_and_biases", "grouped_gemm.py::test_few_rows_at_one_pace")
+    for of in ("aggregate", "balance", "plan", "topk", "token_rounding", *gemms):
         assert f"tests/gpu/test_{of}" in found
     assert 30 < found.count("::") < 60, "few enough for three tools in minutes"
