@@ -1,8 +1,8 @@
 """The grouped GEMM: one warp-specialised, persistent kernel for every variant.
 
 Groups say which rows a tile covers, two operand sources say what is loaded, an epilogue says what happens to the
-accumulators, a schedule says when the consumer warpgroups run, a pace whether CTAs wait for each other. This class is
-the only place that knows all five, and it knows nothing else: roles, set-up, and the order of things.
+accumulators, a schedule says when the consumer warpgroups run, a pace whether CTAs keep together. This class is the
+only place that knows all five, and it knows nothing else: roles, set-up, and the order of things.
 
 Roles: warpgroup 0 loads (warp 0 issues TMA, all four warps gather), warpgroups 1 and 2 multiply and run the epilogue.
 Barriers: `full`/`empty` per stage (pipelines.py), named barriers 1, 2 (epilogue, one per consumer) and 3, 4

@@ -112,7 +112,7 @@ class GroupedM:
         n = turn - m * self.n_tiles
         m = m - table[group]
         if const_expr(self.band < self.n_tiles):
-            m, n = self.in_bands(m * self.n_tiles + n, table[group + 1] - table[group])
+            m, n = self.in_bands(turn - table[group] * self.n_tiles, table[group + 1] - table[group])
         row = cu_rows[group] + m * self.tile_m + lower * (self.tile_m // 2)
         rows = cu_rows[group + 1] - row
         if const_expr(self.splits):

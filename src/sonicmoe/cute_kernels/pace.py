@@ -1,6 +1,6 @@
 """Keeps the CTAs of a GEMM at nearly the same k step, so that each byte that they share is read from DRAM once.
 
-The tiles of one round of CTAs read some 8 KiB for each element of k, A and B together: of a long k more than the L2
+The tiles of one round of CTAs read some 8 kB for each element of k, A and B together: of a long k more than the L2
 cache holds. CTAs left to themselves drift apart, by whole tiles in the end, and then find little there of what others
 have read. So each counts its steps in global memory, and one that is ahead of the mean rests for a moment.
 
@@ -34,13 +34,6 @@ class Paced:
         """Steps from a tile's last tick to the next tile's first"""
         return (self.k_steps - 1) % TICK + 1 + self.ring_steps
 
-    def leave(self, counter: cute.Tensor, turn: Int32, turns: Int32):
-        """One warp, after its last tile: `turn` would be its next one, past all `turns`."""
-        ctas = cute.arch.grid_dim()[0]
-        missed = Int32(turn < (turns + ctas - 1) // ctas * ctas)
-        with cute.arch.elect_one():
-            add_count(counter.iterator.toint(), missed * (self.k_steps + self.ring_steps))
-
     def open(self, counter: cute.Tensor) -> Callable:
         """`keep(k, step, seen)`, called by one warp before it loads k step k of a tile.
 
@@ -62,6 +55,13 @@ class Paced:
                 sleep(REST)
             seen = read_relaxed(address)
         return seen
+
+    def leave(self, counter: cute.Tensor, turn: Int32, turns: Int32):
+        """One warp, after its last tile: `turn` would be its next one, past all `turns`."""
+        ctas = cute.arch.grid_dim()[0]
+        missed = Int32(turn < (turns + ctas - 1) // ctas * ctas)
+        with cute.arch.elect_one():
+            add_count(counter.iterator.toint(), missed * (self.k_steps + self.ring_steps))
 
 
 @dataclass(frozen=True)
