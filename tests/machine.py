@@ -80,6 +80,7 @@ class Machine:
         self.storing: dict[int, deque[Stage]] = defaultdict(deque)  # thread -> those under way
         self.copies: dict[int, int] = defaultdict(int)  # thread -> cp.async copies under way
         self.groups: dict[int, deque[list[Any]]] = defaultdict(deque)  # thread -> groups of products under way
+        self.committed: dict[int, int] = defaultdict(int)  # thread -> groups of products so far
         self.issued: dict[int, list[Any]] = defaultdict(list)  # thread -> products not yet in a group
         self.fenced: set[int] = set()
         self.left: dict[int, int] = defaultdict(int)  # CTA -> warps that have ended
@@ -252,6 +253,7 @@ class Machine:
     def commit_group(self) -> None:
         queue, group = self.groups[self.thread], self.issued.pop(self.thread)
         queue.append(group)
+        self.committed[self.thread] += 1
         self.lockstep.later(lambda: self.multiply(queue), lambda: queue[0] is group)
 
     def multiply(self, queue: deque[list[Any]]) -> None:

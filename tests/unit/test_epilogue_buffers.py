@@ -15,12 +15,15 @@ from as_written import as_written
 
 pytest.importorskip("cutlass")
 from sonicmoe.activations import Activation
-from sonicmoe.cute_kernels.epilogue import base
+from sonicmoe.cute_kernels.epilogue import ring
 from sonicmoe.cute_kernels.epilogue.act_store import ActStore
-from sonicmoe.cute_kernels.epilogue.base import RingEpilogue
+from sonicmoe.cute_kernels.epilogue.base import BoxEpilogue
 from sonicmoe.cute_kernels.epilogue.dact_reduce import DActReduce
 from sonicmoe.cute_kernels.epilogue.driver import Buffers
+from sonicmoe.cute_kernels.epilogue.ring import RingEpilogue
+from sonicmoe.cute_kernels.epilogue.store import StoreRows, StoreWeight
 
+BEGIN = as_written(RingEpilogue.begin)
 FINISH_SUBTILE = as_written(RingEpilogue.finish_subtile)
 TILES = 4
 MOST_SUBTILES = 8
@@ -85,21 +88,26 @@ class Feed:
         self.released.append(step)
 
 
-def walk_ring_epilogue(epilogue: RingEpilogue, stores: Stores) -> None:
+def walk_ring_epilogue(epilogue: RingEpilogue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warp 0 of one warpgroup, and a warp that stores nothing."""
+    stores = Stores()
     own, last = epilogue.outs - epilogue.in_ring, epilogue.ring_steps - 1
     for _ in range(TILES):
         feed, of_another = Feed(stores), Feed(Stores())
         stores.wait(0)  # as `Late` does while the first products run
         for index in range(epilogue.blocks * epilogue.subtiles):
             buffers = [("buffer", epilogue.buffers.index(index * own + i)) for i in range(own)]
-            if own:
-                pending = epilogue.pending(index)
+
+            def wait(pending: int, buffers: Any = buffers) -> None:
                 one_more = stores.would_be_reading(pending)
                 assert one_more is None or one_more in buffers, "one more store might have been under way"
                 stores.wait(pending)
+
+            monkeypatch.setattr(ring, "wait_stores", wait)
+            BEGIN(epilogue, SimpleNamespace(warp=0, consumer=0))
             assert not stores.reading() & set(buffers)
-            stores.sources += [("stage", index // epilogue.per_step)] * epilogue.in_ring + buffers
+            stores.sources += [("stage", index)] * epilogue.in_ring + buffers
+            monkeypatch.setattr(ring, "wait_stores", stores.wait)
             for warp, of_warp in enumerate((feed, of_another)):
                 FINISH_SUBTILE(epilogue, of_warp, SimpleNamespace(warp=warp), index)
         assert feed.released == list(range(last)) and of_another.released == list(range(last + 1))
@@ -107,27 +115,55 @@ def walk_ring_epilogue(epilogue: RingEpilogue, stores: Stores) -> None:
 
 def ring_epilogues(boxes: tuple[int, int]) -> Iterator[RingEpilogue]:
     for subtiles, name in itertools.product((1, 2, 4), ("swiglu", "silu")):
-        ring, act = (1, subtiles, 2, 3, boxes), Activation(name)
-        yield from (DActReduce(None, buffers, *ring, act, 256, 256) for buffers in (1, 2, 3, 4))
-        whole = (
-            DActReduce(None, 0, *ring, act, 256, 256),
-            ActStore(None, 0, *ring, act, 256, 256, False, True),
-            ActStore(None, 0, *ring, act, 256, 256, False, False),
-        )
-        yield from (e for e in whole if 2 * e.outs <= sum(boxes))
+        form, act = (1, subtiles, 2, 3, boxes), Activation(name)
+        found = (DActReduce(None, buffers, *form, act, 256, 256) for buffers in range(5))
+        yield from (e for e in found if e.buffer_count or 2 * e.outs <= sum(boxes))
 
 
 def test_outputs_that_leave_from_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "barrier", lambda consumer: None)
     for epilogue in ring_epilogues((4, 2)):
-        assert epilogue.ring_bytes == 0 or epilogue.ring_steps == epilogue.blocks * epilogue.subtiles
-        stores = Stores()
-        monkeypatch.setattr(base, "wait_stores", stores.wait)
-        walk_ring_epilogue(epilogue, stores)
+        assert epilogue.ring_steps == epilogue.blocks * epilogue.subtiles
+        walk_ring_epilogue(epilogue, monkeypatch)
 
 
 @pytest.mark.parametrize("boxes", [(4, 2), (2, 2)])
 def test_boxes_of_a_stage_are_apart(boxes: tuple[int, int]) -> None:
     for epilogue in ring_epilogues(boxes):
-        numbers = range(epilogue.per_step * epilogue.in_ring)
-        found = [(region, first + i) for region, first in map(epilogue.box, numbers) for i in (0, 1)]
-        assert len(set(found)) == 2 * len(numbers) and all(box < boxes[region] for region, box in found)
+        found = [(region, first + i) for region, first in map(epilogue.box, range(epilogue.in_ring)) for i in (0, 1)]
+        assert len(set(found)) == 2 * epilogue.in_ring and all(box < boxes[region] for region, box in found)
+
+
+def box_epilogues(deferred: bool) -> Iterator[BoxEpilogue]:
+    for blocks, subtiles in itertools.product((1, 2), (1, 2, 3, 4)):
+        form = None, 2, blocks, subtiles, deferred
+        yield StoreRows(*form, 64 * subtiles, 4096)
+        yield StoreWeight(*form, 128, 64 * subtiles, 1, False)
+        for name, keep_h in itertools.product(("swiglu", "silu"), (True, False)):
+            yield ActStore(*form, Activation(name), 64 * subtiles, 4096, False, keep_h)
+
+
+def test_the_pieces_are_all_quarters_of_all_boxes_in_order() -> None:
+    for epilogue in box_epilogues(deferred=True):
+        quarters = [(piece.store, q) for piece in epilogue.pieces for q in range(piece.first, piece.end)]
+        assert quarters == [(store, q) for store in range(epilogue.stores) for q in range(4)]
+        assert all(piece.first < piece.end for piece in epilogue.pieces)
+    assert not any(epilogue.pieces for epilogue in box_epilogues(deferred=False))
+
+
+def test_what_a_stored_box_is_made_of() -> None:
+    """h from its own box of the registers, an activation from those of the same columns."""
+    held = SimpleNamespace(quarter=lambda box, q: [(box, q, i) for i in range(4)])
+    for epilogue in box_epilogues(deferred=True):
+        for store, q in itertools.product(range(epilogue.stores), range(4)):
+            if isinstance(epilogue, ActStore):
+                halves, (subtile, out) = epilogue.halves, divmod(store, epilogue.outs)
+                is_a = out == epilogue.outs - 1
+                h = [[subtile * halves + half, q] for half in (range(halves) if is_a else (out,))]
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(ActStore, "activation", lambda self, of_halves: of_halves)
+                    found = epilogue.values(held, store, q)
+                expected: Any = [tuple((*of, i) for of in h) if is_a else (*h[0], i) for i in range(4)]
+            else:
+                found, expected = epilogue.values(held, store, q), [(store, q, i) for i in range(4)]
+            assert found == expected

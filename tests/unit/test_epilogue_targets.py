@@ -13,14 +13,9 @@ from as_written import as_written
 pytest.importorskip("cutlass")
 from sonicmoe.activations import Activation
 from sonicmoe.cute_kernels.copies import RAGGED
-from sonicmoe.cute_kernels.epilogue.act_store import ActStore, ActStoreState
-from sonicmoe.cute_kernels.epilogue.dact_reduce import DActReduce, DActReduceState
-from sonicmoe.cute_kernels.epilogue.store import (
-    StoreRows,
-    StoreState,
-    StoreWeight,
-    StoreWeightTransposed,
-)
+from sonicmoe.cute_kernels.epilogue.act_store import ActStore
+from sonicmoe.cute_kernels.epilogue.dact_reduce import DActReduce
+from sonicmoe.cute_kernels.epilogue.store import StoreRows, StoreWeight, StoreWeightTransposed
 from sonicmoe.cute_kernels.groups import Tile
 
 RING = 2, 3, (4, 2)
@@ -55,30 +50,29 @@ def seen(target: tuple[Any, Any, Any]) -> tuple[str, tuple[int, int, int], bool]
 @pytest.mark.parametrize(("row", "rows", "n", "first_block"), PLACES)
 def test_rows(row: int, rows: int, n: int, first_block: int) -> None:
     at = tile(row, rows, n)
-    for mb, nb in itertools.product((0, 1), (0, 1)):
+    form = Activation("swiglu"), 128, 4096, False
+    up, without_h = (ActStore(None, 2, 2, 2, True, *form, keep_h) for keep_h in (True, False))
+    down = DActReduce(None, 0, 1, 4, *RING, Activation("swiglu"), 256, 4096)
+    for subtile, (mb, nb) in enumerate(itertools.product((0, 1), (0, 1))):
         expected = partial(box_of, at, 64 * (first_block + mb), nb)
-        up = ActStore(None, 0, 1, 2, *RING, Activation("swiglu"), 128, 4096, False, True)
-        found = up.targets(ARGS, ActStoreState(first_block, ()), at, mb, nb)
+        found = [up.target(ARGS, at, first_block, 3 * subtile + out) for out in range(3)]
         assert list(map(seen, found)) == [expected("h", 128), expected("h", 128, 1), expected("a", 128)]
-        without_h = ActStore(None, 0, 1, 2, *RING, Activation("swiglu"), 128, 4096, False, False)
-        found = without_h.targets(ARGS, ActStoreState(first_block, ()), at, mb, nb)
-        assert list(map(seen, found)) == [expected("a", 128)]
-        down = DActReduce(None, 0, 1, 4, *RING, Activation("swiglu"), 256, 4096)
-        found = down.targets(ARGS, DActReduceState(first_block, [], [], []), at, mb, nb)
+        assert seen(without_h.target(ARGS, at, first_block, subtile)) == expected("a", 128)
+        found = down.targets(ARGS, at, first_block + mb, nb)
         assert list(map(seen, found)) == [expected("dh", 256), expected("dh", 256, 1), expected("a_s", 256)]
-        found = StoreRows(None, 1, 1, 3, 192, 4096).targets(ARGS, StoreState(first_block, None), at, mb, nb)
-        assert list(map(seen, found)) == [expected("target", 192)]
+        rows_of_192 = StoreRows(None, 1, 2, 3, True, 192, 4096)
+        assert seen(rows_of_192.target(ARGS, at, first_block, 3 * mb + nb)) == expected("target", 192)
 
 
 @pytest.mark.parametrize("first_block", [0, 1])
 def test_weights(first_block: int) -> None:
     for m, n, half, group, nb in itertools.product((0, 2), (0, 1), (0, 1), (0, 5), (0, 3)):
-        at, state = tile(0, 100, n, m, half, group), StoreState(first_block, None)
+        at = tile(0, 100, n, m, half, group)
         row, column = 128 * m + 64 * first_block, 256 * n + 64 * nb
-        form = (None, 2, 1, 4, 128, 256, 2, False)
-        assert StoreWeight(*form).targets(ARGS, state, at, 0, nb) == (("target", (row, column, half, group), True),)
-        transposed = StoreWeightTransposed(*form).targets(ARGS, state, at, 0, nb)
-        assert transposed == (("target", (column, row, half, group), True),)
+        form = (None, 2, 1, 4, True, 128, 256, 2, False)
+        assert StoreWeight(*form).target(ARGS, at, first_block, nb) == ("target", (row, column, half, group), True)
+        transposed = StoreWeightTransposed(*form).target(ARGS, at, first_block, nb)
+        assert transposed == ("target", (column, row, half, group), True)
 
 
 @pytest.mark.parametrize(("row", "rows", "n", "first_block"), PLACES)

@@ -23,8 +23,8 @@ from machine import BYTES, FED, LANES, PARTS_OF_K, WARPS, Address, Machine, Stag
 
 pytest.importorskip("cutlass")
 from sonicmoe.cute_kernels import grouped_gemm, mainloop, pace, pipelines, scheduler
-from sonicmoe.cute_kernels.epilogue import base, driver
-from sonicmoe.cute_kernels.epilogue.base import RingEpilogue
+from sonicmoe.cute_kernels.epilogue import driver, ring
+from sonicmoe.cute_kernels.epilogue.ring import RingEpilogue
 from sonicmoe.cute_kernels.grouped_gemm import GroupedGemm
 from sonicmoe.cute_kernels.groups import BLOCK_M, Tile, Turns
 from sonicmoe.cute_kernels.mainloop import BLOCK_K, Mainloop
@@ -118,12 +118,19 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Results(RingEpilogue):
-    """Takes note of the accumulators, and of what the ring steps that it works in bring it."""
+    """Takes note of the accumulators, and of what the ring steps that it works in bring it; what it leaves for later
+    does so too."""
 
     machine: Machine
     count: int  # of outputs
     inputs: bool
+    left: int  # pieces that are left for later
     found: dict[int, list[Any]]  # thread -> (tile, contents of its accumulators, its inputs)
+    later: dict[int, list[Any]]  # thread -> (tile, piece, the products begun since that tile's end)
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        return tuple(range(self.left))
 
     @property
     def outs(self) -> int:
@@ -132,7 +139,7 @@ class Results(RingEpilogue):
     @property
     def in_ring(self) -> int:
         """As of down_dgrad: with buffers all but the last"""
-        return self.outs - 1 if self.buffer_count else self.outs if self.subtiles else 0
+        return self.outs - 1 if self.buffer_count else self.outs
 
     @property
     def ring_bytes(self) -> int:
@@ -148,13 +155,25 @@ class Results(RingEpilogue):
     def open(self, *_: Any) -> None:
         return None
 
-    def run(self, outputs: Any, state: None, smem: Any, feed: Any, tile: Tile, lane: Any, accumulators: Any) -> None:
-        read: list[Any] = []
-        for index in range(self.subtiles):
-            self.begin(lane, index)
-            stage = self.machine.cta, self.fed(feed, index).stage
+    def nothing(self) -> list[Any]:
+        return []
+
+    def piece(self, outputs: Any, held: list[Any], smem: Any, lane: Any, first_block: int, index: int) -> None:
+        self.machine.lockstep.wait()
+        if held:
+            tile, before = held[-1]
+            self.later[self.machine.thread].append((tile, index, self.machine.committed[self.machine.thread] - before))
+
+    def finish(
+        self, outputs: Any, state: None, held: list[Any], smem: Any, feed: Any, tile: Tile, lane: Any, first_block: int,
+        accumulators: Any,
+    ) -> None:  # fmt: skip
+        thread, read = self.machine.thread, []
+        for index in range(self.ring_steps):
+            self.begin(lane)
+            stage = self.machine.cta, feed.wait(index).stage
             self.machine.lockstep.wait()
-            if self.inputs and index % self.per_step == 0:
+            if self.inputs:
                 read.append(self.machine.read(stage))
             self.machine.write(stage)
             driver.barrier(lane.consumer)
@@ -162,7 +181,8 @@ class Results(RingEpilogue):
                 for _ in range(self.outs):
                     self.machine.store(stage)
             self.finish_subtile(feed, lane, index)
-        self.found[self.machine.thread].append((tile.group, [list(a) for a in accumulators], read))
+        held.append((tile.group, self.machine.committed[thread]))
+        self.found[thread].append((tile.group, [list(a) for a in accumulators], read))
 
     def drain(self, lane: Any) -> None:
         pass
@@ -175,7 +195,7 @@ AS_WRITTEN = {owner: compiled_methods(owner) for owner in COMPILED}
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
     """Let the kernels' modules talk to a machine, and take their functions as they are written."""
-    language = SimpleNamespace(range=lambda n, unroll: range(n), range_constexpr=range, min=min, const_expr=bool)
+    language = SimpleNamespace(range=lambda *n, unroll: range(*n), range_constexpr=range, min=min, const_expr=bool)
     for owner, methods in AS_WRITTEN.items():
         for name, method in methods.items():
             monkeypatch.setattr(owner, name, method)
@@ -188,7 +208,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
     def on(machine: Machine) -> None:
         stand_ins = {"cute": machine, "cutlass": language, "warpgroup": machine, "Int32": int, "Uint32": int}
         stand_ins["wait_stores"] = partial(machine.cp_async_bulk_wait_group, read=True)
-        for module in (grouped_gemm, mainloop, pace, pipelines, scheduler, base, driver):
+        for module in (grouped_gemm, mainloop, pace, pipelines, scheduler, ring, driver):
             for name, stand_in in stand_ins.items():
                 monkeypatch.setattr(module, name, stand_in, raising=False)
 
@@ -199,20 +219,20 @@ def run_ctas(
     emulate: Callable[[Machine], None], schedule: Any, stages: int, sizes: tuple[int, ...], gathers: bool, seed: int,
     works: int = 0, inputs: bool = True, outs: int = 3, buffers: int = 0, cluster: int = 1,
     short: tuple[int, ...] = (), parts: tuple[int, ...] = (), none: tuple[int, ...] = (), counter: Any = None,
-    **ring: int,
+    pieces: int = 0, **ring_form: int,
 ) -> None:  # fmt: skip
     """One cluster that does all turns; checks what each consumer warp has accumulated, and read in its epilogues.
 
     works: sub-tiles whose `outs` outputs leave from the ring, the last one from buffers if there are any; inputs:
-    whether the ring brings something for them.
+    whether the ring brings something for them; pieces: how many are left for later.
     """
     machine = Machine(seed, cluster)
     emulate(machine)
-    queue = replace(Ring(stages, gathers, 4 * schedule.stage_readers, cluster), **ring)
+    queue = replace(Ring(stages, gathers, 4 * schedule.stage_readers, cluster), **ring_form)
     operands = Operand(machine, "a", gathers), Operand(machine, "b", False, cluster)
     main = Mainloop(*operands, queue, schedule, 128, 128, zero_first=bool(parts))
-    ring_form = schedule.stage_readers, stages, (4, 2)
-    results = Results(None, buffers, 1, works, *ring_form, machine, outs, inputs, defaultdict(list))
+    of_ring, notes = (schedule.stage_readers, stages, (4, 2)), (defaultdict(list), defaultdict(list))
+    results = Results(None, buffers, 1, works, *of_ring, machine, outs, inputs, pieces, *notes)
     tiles = Tiles(sizes, short, parts, none)
     pace = Paced(tiles.k_steps, results.ring_steps) if counter else Unpaced()
     gemm = GroupedGemm("test", cluster, tiles, main, results, pace)
@@ -239,6 +259,10 @@ def run_ctas(
         for (tile, accumulators, read), i in zip(results.found[cta * WARPS + warp], mine, strict=True):
             assert tile == i and read == [(i, FED, j) for j in range(results.ring_steps if inputs else 0)]
             assert accumulators == [tiles.products(i)] * 2
+        # Each piece of a tile once, in order, beside a whole k step of the next as long as there are any.
+        of_next = [max(0, sizes[i] - bool(parts)) for i in mine[1:]] + [0]
+        expected = [(i, p, min(p + 1, n)) for i, n in zip(mine, of_next, strict=False) for p in range(pieces)]
+        assert results.later[cta * WARPS + warp] == expected
 
 
 @pytest.mark.parametrize("schedule", [Cooperative(), PingPong()], ids=str)
@@ -263,6 +287,17 @@ def test_outputs_leave_from_the_ring(emulate: Any, works: int, outs: int, buffer
             sizes, inputs = (k_steps,) * 5, seed % 2 == 0
             run_ctas(emulate, Cooperative(), stages, sizes, True, seed, inputs=inputs, short=short, **given)
             run_ctas(emulate, Cooperative(), stages, sizes, True, seed, inputs=inputs, none=short, **given)
+
+
+@pytest.mark.parametrize("pieces", [1, 4, 9])
+def test_pieces_beside_the_next_tile(emulate: Any, pieces: int) -> None:
+    for seed, short in enumerate(((), (0,), (1, 2, 4), (4,), (0, 1, 2, 3, 4))):
+        for k_steps in (1, 4, 12):
+            run_ctas(emulate, Cooperative(), 3, (k_steps,) * 5, True, seed, pieces=pieces, short=short)
+            run_ctas(emulate, Cooperative(), 3, (k_steps,) * 5, False, seed, pieces=pieces, none=short)
+    sizes = (0, 5, 0, 0, 1, 12, 3, 0)
+    run_ctas(emulate, Cooperative(), 4, sizes, True, 0, pieces=pieces, parts=(2,) * 8)
+    run_ctas(emulate, Cooperative(), 4, sizes, True, 0, pieces=pieces, parts=(2,) * 8, cluster=2)
 
 
 @pytest.mark.parametrize("schedule", [Cooperative(), PingPong()], ids=str)

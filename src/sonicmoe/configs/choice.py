@@ -12,7 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from .tile import RING_VARIANTS, TileConfig, round_up
+from .tile import TileConfig, round_up
 
 MOST_STAGES = 6
 LEAST_STAGES = 3
@@ -65,10 +65,9 @@ def candidates(variant: str, groups: int, n: int, outs: int, halves: int) -> lis
 
 
 def _buffers(variant: str, outs: int) -> tuple[int, ...]:
-    """Numbers of epilogue buffers worth their shared memory: none, where outputs can leave from the ring, and enough
-    for one sub-tile, for two, for four small ones."""
-    some = (1, 2, 4) if outs == 1 else (outs, 2 * outs)
-    return (0, *some) if variant in RING_VARIANTS else some
+    """Numbers of epilogue buffers worth their shared memory: none, where nothing or not all needs one, or a few."""
+    some = (1, 2, 4) if outs else ()
+    return some if some and variant != "down_dgrad" else (0, *some)
 
 
 def _fitted(variant: str, groups: int, tile: TileConfig, outs: int, halves: int) -> TileConfig | None:

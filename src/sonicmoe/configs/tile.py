@@ -11,7 +11,6 @@ CONSUMERS = 2
 MAX_GROUPS = 1024  # groups that the two-level search of the tile table covers
 ACCUMULATORS = 128  # fp32 accumulators per thread that leave room for the epilogue
 ACCUMULATORS_PLAIN_STORE = 192  # for an epilogue without other registers
-RING_VARIANTS = ("up_proj", "down_dgrad")  # whose outputs can leave from stages of the ring
 
 
 SCHEDULES = ("cooperative", "pingpong")
@@ -75,14 +74,14 @@ class TileConfig:
         plain = variant in ("down_proj", "up_dgrad") or reduces_rows
         if self.accumulators > (ACCUMULATORS_PLAIN_STORE if plain else ACCUMULATORS):
             return f"{self.accumulators} accumulators per thread do not fit beside the epilogue"
-        all_in_ring = variant in RING_VARIANTS and self.buffers == 0
-        in_ring = (halves if variant == "down_dgrad" else 0) + (outs if all_in_ring else 0)
-        if in_ring and self.schedule == "pingpong":
-            return "ping-pong would let a warpgroup wait two laps ahead of the ring, on steps that are the other's"
-        if in_ring > self.tile_n // 64 // CONSUMERS + self.tile_m // 64 // CONSUMERS:
-            return f"a stage has no room for {in_ring} boxes of each warpgroup"
-        if self.buffers < outs and not all_in_ring:
-            return f"a sub-tile needs {outs} epilogue buffers"
+        if variant == "down_dgrad":  # h comes, and what has no buffer leaves, in stages of the ring
+            in_ring = halves + (outs if self.buffers == 0 else 0)
+            if self.schedule == "pingpong":
+                return "ping-pong would let a warpgroup wait two laps ahead of the ring, on steps that are the other's"
+            if in_ring > self.tile_n // 64 // CONSUMERS + self.tile_m // 64 // CONSUMERS:
+                return f"a stage has no room for {in_ring} boxes of each warpgroup"
+        elif self.buffers == 0 and outs > 0:
+            return "an epilogue needs a buffer"
         if self.stages < 2:
             return "two stages are the least"
         if groups > MAX_GROUPS and not reduces_rows:

@@ -24,7 +24,7 @@ from .ptx import WARPGROUP
 from .scheduler import CONSUMERS
 
 THREADS = (1 + CONSUMERS) * WARPGROUP
-# registers per thread after the split; their sum over the three warpgroups may not pass 65536 / 128
+# Registers per thread after the split; over the three warpgroups 504, or less: what the launch has given, 3 x 168.
 GATHER_REGISTERS = (56, 224)
 BULK_REGISTERS = (24, 240)
 
@@ -144,19 +144,26 @@ class GroupedGemm:
         turns = self.groups.turns(table, clusters)
         schedule.start(consumer)
         late = Late(main.ring, warp, epilogue.ring_steps > 0)
+        held, smem, pieces = epilogue.nothing(), storage.out.data_ptr(), len(epilogue.pieces)
+
+        def piece(index):
+            epilogue.piece(outputs, held, smem, lane, first_block, index)
+
         while turn < turns.count:
             tile = self.groups.tile(turn, turns.halves, rank, cu_rows, table, lane.lane)
             if self.groups.has_rows(tile, first_block):
                 state = epilogue.open(outputs, tile, lane, first_block)
-                step = main.consume(tiled_mma, bars, fragments, tile, step, consumer, late)
+                step = main.consume(tiled_mma, bars, fragments, tile, step, consumer, late, piece, pieces)
                 feed = Feed(main.ring, bars, step, (smem_b, smem_a))
-                epilogue.run(outputs, state, storage.out.data_ptr(), feed, tile, lane, fragments[2])
+                epilogue.finish(outputs, state, held, smem, feed, tile, lane, first_block, fragments[2])
                 step += epilogue.ring_steps
             else:
                 step = main.pass_by(bars, tile.k_steps + epilogue.ring_steps, step, late)
             step += (schedule.teams - 1) * (tile.k_steps + epilogue.ring_steps)
             turn += schedule.teams * clusters
         late.release(bars, step)
+        for i in cutlass.range_constexpr(pieces):  # of the last tile
+            piece(i)
         epilogue.drain(lane)
 
     def first_turn(self):

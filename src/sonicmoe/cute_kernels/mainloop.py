@@ -94,11 +94,10 @@ class Mainloop:
     @cute.jit
     def consume(
         self, tiled_mma: cute.TiledMma, bars: RingBarriers, fragments, tile: Tile, step: Uint32, consumer: Int32,
-        late: Late,
+        late: Late, piece, pieces: cutlass.Constexpr,
     ):  # fmt: skip
-        """One consumer warpgroup: one tile's products. Each k step releases the stage of the step before it, whose
-        products are then complete; the first one `late`'s, which there is only where every tile has a k step. Returns
-        the step after the last."""
+        """One consumer warpgroup: one tile's products. Beside the first k steps it calls piece(i), for each i less than
+        `pieces`; what there are no k steps for comes after the last. Returns the step after the last."""
         blocks = const_expr(cute.size(fragments[1], mode=[2]))
         k_steps = tile.k_steps
         self.schedule.wait_turn(consumer)
@@ -107,18 +106,14 @@ class Mainloop:
             for accumulator in fragments[2]:
                 accumulator.fill(0.0)
             k_steps = tile.rows // (blocks * BLOCK_K)  # whole ones
-        for k in cutlass.range(k_steps, unroll=1):
-            stage = self.arrived(bars, step)
-            for block in cutlass.range_constexpr(blocks):
-                self.multiply(tiled_mma, fragments, block, stage)
+        for i in cutlass.range_constexpr(pieces):
+            if i < k_steps:
+                step = self.k_step(tiled_mma, bars, fragments, Int32(i), step, late)
                 tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-            warpgroup.commit_group()
-            if k > 0:
-                warpgroup.wait_group(1)
-                self.ring.release(bars, step - 1)
-            else:
-                late.release(bars, step)
-            step += 1
+            piece(i)
+        for k in cutlass.range(pieces, k_steps, unroll=1):
+            step = self.k_step(tiled_mma, bars, fragments, k, step, late)
+            tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         if const_expr(self.zero_first):
             rest = ceil_div(tile.rows, BLOCK_K) - k_steps * blocks
             if rest > 0:
@@ -136,6 +131,23 @@ class Mainloop:
         if tile.k_steps > 0:
             self.ring.release(bars, step - 1)
         return step
+
+    @cute.jit
+    def k_step(self, tiled_mma: cute.TiledMma, bars: RingBarriers, fragments, k: Int32, step: Uint32, late: Late):
+        """The products of k step k, which stay under way. Releases the stage of the step before, whose products are
+        then complete; the first one `late`'s, which there is only where every tile has a k step. Returns the step
+        after."""
+        stage = self.arrived(bars, step)
+        for block in cutlass.range_constexpr(cute.size(fragments[1], mode=[2])):
+            self.multiply(tiled_mma, fragments, block, stage)
+            tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+        if k > 0:
+            warpgroup.wait_group(1)
+            self.ring.release(bars, step - 1)
+        else:
+            late.release(bars, step)
+        return step + 1
 
     def arrived(self, bars: RingBarriers, step: Uint32) -> Int32:
         """The stage of a step, once its operands are there."""

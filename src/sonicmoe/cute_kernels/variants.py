@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ARCH = "sm_90a"
 # How a GEMM whose groups have a large B spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md).
 BAND, BANDED_BYTES = 16, 8 << 20  # n tiles of a band, at most; of groups with a B larger than this
-PACED_K, PACED_BYTES = 6144, 16 << 20  # one pace: from this k on, likewise
+PACED_K, PACED_BYTES = 4096, 16 << 20  # one pace: from this k on, likewise
 
 
 def outputs(variant: str, halves: int, keep_h: bool = True) -> int:

@@ -20,7 +20,7 @@ def up_proj(
     w1_layout: str,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    """h[r] = x[row_token[r]] w1[e]^T (+ b1[e]);  a[r] = act(h[r]), from h before it is rounded.
+    """h[r] = x[row_token[r]] w1[e]^T (+ b1[e]);  a[r] = act(h[r]), from h as it is rounded, as in the backward.
 
     x (T, H); w1 (E, G*I, H); b1 (E, G*I); returns h (R, G*I), always [gate | up], and a (R, I), in x's dtype. Without
     keep_h, h is empty (0, G*I).
@@ -34,9 +34,10 @@ def up_proj(
         pre = x.index_select(0, row_token[rows]).to(acc) @ to_concat(w1[e], w1_layout).to(acc).T
         if b1 is not None:
             pre += to_concat(b1[e], w1_layout).to(acc)
+        pre = pre.to(x.dtype)
         if keep_h:
             h[rows] = pre
-        a[rows] = act(kind, pre)
+        a[rows] = act(kind, pre.to(acc))
     return h, a
 
 

@@ -1,4 +1,4 @@
-"""ActStore: h = accumulators (+ bias), a = act(h); stores h (if kept) and a."""
+"""ActStore: h = accumulators (+ bias), rounded, a = act(h); stores h (if kept) and a."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from cutlass import BFloat16, Int32
 from ..copies import ragged_rows
 from ..groups import Tile
 from ..operands import TmaTensor
-from ..ptx import pack
+from ..ptx import pack, unpack
 from . import math
-from .base import RingEpilogue, box_of_rows
+from .base import BoxEpilogue, Piece, box_of_rows
 from .bias import column_bias
-from .driver import BOX, Lane, registers_of, tma_store
+from .driver import BOX, Lane, packed, tma_store
 
 
 class ActStoreArgs(NamedTuple):
@@ -22,13 +22,8 @@ class ActStoreArgs(NamedTuple):
     bias: object
 
 
-class ActStoreState(NamedTuple):
-    first_block: Int32
-    biases: tuple  # one function per half
-
-
 @dataclass(frozen=True)
-class ActStore(RingEpilogue):
+class ActStore(BoxEpilogue):
     act: object  # sonicmoe.activations.Activation
     half_columns: int  # of the tile, in one half
     n: int  # columns of one half
@@ -40,18 +35,37 @@ class ActStore(RingEpilogue):
         return 2 if self.act.gated else 1
 
     @property
+    def boxes(self) -> int:
+        """Those of h"""
+        return self.blocks * self.subtiles * self.halves
+
+    @property
     def outs(self) -> int:
+        """Boxes stored of a sub-tile: h, and a as the last one"""
         return 1 + (self.halves if self.keep_h else 0)
+
+    @property
+    def stores(self) -> int:
+        return self.blocks * self.subtiles * self.outs
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """An activation takes longer than a store: two pieces"""
+        found = []
+        for piece in super().pieces:
+            is_a, middle = piece.store % self.outs == self.outs - 1, piece.end // 2
+            found += [piece._replace(end=middle), piece._replace(first=middle)] if is_a else [piece]
+        return tuple(found)
 
     def describe(self, tensors) -> ActStoreArgs:
         h, a, bias = tensors
         kept = tma_store(ragged_rows(h, self.halves), self.dtype) if self.keep_h else None
         return ActStoreArgs(kept, tma_store(ragged_rows(a, 1), self.dtype), bias)
 
-    def open(self, args: ActStoreArgs, tile: Tile, lane: Lane, first_block) -> ActStoreState:
+    def open(self, args: ActStoreArgs, tile: Tile, lane: Lane, first_block) -> tuple:
+        """The bias of each half"""
         column = tile.n * self.half_columns
-        biases = tuple(self.half_bias(args.bias, half, tile.group, column, lane) for half in range(self.halves))
-        return ActStoreState(first_block, biases)
+        return tuple(self.half_bias(args.bias, half, tile.group, column, lane) for half in range(self.halves))
 
     def half_bias(self, bias, half: int, group: Int32, column: Int32, lane: Lane):
         if bias is not None and self.halves > 1:
@@ -62,26 +76,26 @@ class ActStore(RingEpilogue):
             )
         return column_bias(bias, group, column, lane, self.n)
 
-    def visit(self, args, state: ActStoreState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
-        kept = [[] for _ in range(self.halves)]
+    def pack(self, biases, accumulators, box: int, q: int) -> list[Int32]:
+        subtile, half = divmod(box, self.halves)
+        mb, nb = divmod(subtile, self.subtiles)
+        return packed(self.dtype, accumulators[mb], nb, q, biases[half], half * (self.half_columns // 8))
 
-        def element(r, j, lo, hi):
-            pairs = [state.biases[0](j, lo, hi)]
-            if self.halves > 1:
-                k = j + self.half_columns // 8
-                pairs.append(state.biases[1](j, acc[(0, r, k), 0, 0], acc[(1, r, k), 0, 0]))
-            for half, pair in enumerate(pairs):
-                kept[half].append(pack(self.dtype, *pair))
-            lo, hi = (math.forward(self.act, self.dtype is BFloat16, tuple(p[i] for p in pairs)) for i in range(2))
-            return pack(self.dtype, lo, hi)
+    def values(self, held, store: int, q: int) -> list[Int32]:
+        subtile, out = divmod(store, self.outs)
+        h = [held.quarter(subtile * self.halves + half, q) for half in range(self.halves)]
+        return h[out] if out < self.outs - 1 else [self.activation(of_halves) for of_halves in zip(*h, strict=True)]
 
-        a = registers_of(acc, nb * (BOX // 8) + 2 * q, element)
-        return (*kept, a) if self.keep_h else (a,)
+    def activation(self, of_halves) -> Int32:
+        """Of the two neighbouring columns in a register of each half"""
+        pairs = [unpack(self.dtype, register) for register in of_halves]
+        lo, hi = (math.forward(self.act, self.dtype is BFloat16, tuple(p[i] for p in pairs)) for i in range(2))
+        return pack(self.dtype, lo, hi)
 
-    def targets(self, args: ActStoreArgs, state: ActStoreState, tile: Tile, mb: int, nb: int):
-        block, column = state.first_block + mb, tile.n * self.half_columns + nb * BOX
-        kept = range(self.halves) if self.keep_h else ()
-        return (
-            *(box_of_rows(args.h, tile, block, column, half) for half in kept),
-            box_of_rows(args.a, tile, block, column),
-        )
+    def target(self, args: ActStoreArgs, tile: Tile, first_block, store: int):
+        subtile, out = divmod(store, self.outs)
+        mb, nb = divmod(subtile, self.subtiles)
+        block, column = first_block + mb, tile.n * self.half_columns + nb * BOX
+        if out < self.outs - 1:
+            return box_of_rows(args.h, tile, block, column, out)
+        return box_of_rows(args.a, tile, block, column)

@@ -14,6 +14,7 @@ from cutlass import Int32, Int64
 from ..copies import grouped_weight
 from ..groups import Tile
 from ..ptx import add_global, add_global_pair
+from .base import Epilogue
 from .driver import BOX, Lane
 
 
@@ -28,7 +29,7 @@ class AddState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AddWeight:
+class AddWeight(Epilogue):
     """To (groups, m, n), or transposed to (groups, halves * n, m)."""
 
     dtype: type
@@ -42,12 +43,7 @@ class AddWeight:
     interleaved: bool
     transpose: bool
 
-    ring_steps = 0
-    ring_bytes = 0
-    buffer_elements = 64  # none is used, but a range of shared memory cannot be empty
-
-    def feed(self, args, tile: Tile, ring_smem, schedule, tile_m: int):
-        return None
+    buffer_elements = BOX  # none is used, but a range of shared memory cannot be empty
 
     def describe(self, tensors) -> AddArgs:
         return AddArgs(grouped_weight(tensors[0], self.halves, self.interleaved))
@@ -62,7 +58,8 @@ class AddWeight:
         )
 
     @cute.jit
-    def run(self, args: AddArgs, state: AddState, smem, feed, tile: Tile, lane: Lane, accumulators):
+    def finish(self, args: AddArgs, state: AddState, held, smem, feed, tile: Tile, lane: Lane, first_block,
+               accumulators):  # fmt: skip
         """One warpgroup, one tile. An empty group has nothing to add."""
         stride = args.view.stride[0]  # of the view's first mode: n if transposed, else m
         for mb in cutlass.range_constexpr(self.blocks):
@@ -78,6 +75,3 @@ class AddWeight:
                             add_global(target + Int64(stride) * 4, hi)
                         else:
                             add_global_pair(state.base + (Int64(row) * stride + column) * 4, lo, hi)
-
-    def drain(self, lane: Lane):
-        pass

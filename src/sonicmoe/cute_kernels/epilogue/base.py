@@ -1,194 +1,187 @@
-"""The walk over a warpgroup's sub-tiles, the same for every epilogue."""
+"""What the skeleton asks of an epilogue, and what all of them do that hand their results out by boxes of 64x64."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
 from ..copies import ragged_start
-from ..groups import Tile, ceil_div
+from ..groups import Tile
 from ..operands import TmaTensor
 from ..pipelines import Feed
 from ..ptx import stmatrix_x4
-from .driver import BOX, Buffers, Lane, Place, barrier, box_layout, store_box, wait_stores
+from .driver import BOX, Buffers, Lane, Place, barrier, store_box, wait_stores
+
+QUARTERS = 4  # of a box, 16 columns each
+REGISTERS = 4 * QUARTERS  # of a thread, for a box of 16-bit values
+PLACE = 6  # numbers that say where a tile is
 
 
-@dataclass(frozen=True)
 class Epilogue:
-    """Subclasses give `visit` and `targets`."""
-
-    dtype: type
-    buffer_count: int  # 64x64 buffers of one warpgroup
-    blocks: int  # 64-row blocks of one warpgroup
-    subtiles: int  # 64-column sub-tiles of a block
+    """The least: everything is done at a tile's end, and nothing in the ring."""
 
     ring_steps = 0  # steps of the ring, after a tile's k steps, that the epilogue works in
     ring_bytes = 0  # that such a step brings
-    transpose = False  # buffers hold the tile's columns as rows
+    pieces = ()  # what is left to do beside the next tile's first k steps, one in each
 
     def feed(self, args, tile: Tile, ring_smem, schedule, tile_m: int):
         """load(step, stage, barrier): the loads of a ring step, called by one warp of the producer."""
         return lambda step, stage, barrier: None
 
-    @property
-    def outs(self) -> int:
-        """Buffers written per sub-tile"""
-        raise NotImplementedError
+    def nothing(self):
+        """What is held before the first tile"""
 
-    @property
-    def buffers(self) -> Buffers:
-        return Buffers(self.dtype, self.buffer_count, self.blocks * self.subtiles * self.outs)
-
-    @property
-    def buffer_elements(self) -> int:
-        """Of shared memory, of both consumer warpgroups; a range of it cannot be empty"""
-        return cute.cosize(self.buffers.layout()) if self.buffer_count else BOX
-
-    def pending(self, index: int) -> int:
-        """How many stores of warp 0 may still be reading when sub-tile `index` is written."""
-        return self.buffers.pending(index * self.outs, self.outs)
-
-    def places(self, smem: cute.Pointer, fed, consumer: Int32, index: int) -> list[Place]:
-        """Where the outputs of a sub-tile go."""
-        buffers, first = self.buffers, consumer * self.buffer_count
-        return [Place(smem, buffers.layout(), first + buffers.index(index * self.outs + i)) for i in range(self.outs)]
-
-    @cute.jit
-    def run(self, args, state, smem: cute.Pointer, feed: Feed, tile: Tile, lane: Lane, accumulators):
-        """One warpgroup, one tile."""
-        for mb in cutlass.range_constexpr(self.blocks):
-            for nb in cutlass.range_constexpr(self.subtiles):
-                index = cutlass.const_expr(mb * self.subtiles + nb)
-                self.begin(lane, index)
-                fed = self.fed(feed, index)
-                places = self.places(smem, fed, lane.consumer, index)
-                for q in cutlass.range_constexpr(4):
-                    values = self.visit(args, state, lane, fed, accumulators[mb], mb, nb, q)
-                    for place, value in zip(places, values, strict=True):
-                        stmatrix_x4(lane.matrix_address(place.address(), q, self.transpose), value, self.transpose)
-                cute.arch.fence_proxy("async.shared", space="cta")
-                barrier(lane.consumer)
-                if lane.warp == 0:
-                    self.store(args, state, places, tile, mb, nb)
-                self.finish_subtile(feed, lane, index)
-            self.finish_block(args, state, tile, lane, mb)
-
-    @cute.jit
-    def begin(self, lane: Lane, index: cutlass.Constexpr):
-        """All warps: the places of a sub-tile's outputs may be written."""
-        if lane.warp == 0:
-            wait_stores(self.pending(index))
-        barrier(lane.consumer)
-
-    def fed(self, feed: Feed, index: int):
-        """What a sub-tile has of the ring."""
-
-    @cute.jit
-    def store(self, args, state, places, tile: Tile, mb: cutlass.Constexpr, nb: cutlass.Constexpr):
-        """One warp: each box of a sub-tile to global memory, one commit group each."""
-        for place, (target, start, inside) in zip(places, self.targets(args, state, tile, mb, nb), strict=True):
-            if inside:
-                store_box(target, place, start)
-            cute.arch.cp_async_bulk_commit_group()
-
-    def finish_subtile(self, feed: Feed, lane: Lane, index: int):
-        """All warps, after the stores of a sub-tile are issued."""
-
-    def finish_block(self, args, state, tile: Tile, lane: Lane, mb: int):
-        """All warps, after the sub-tiles of a 64-row block."""
+    def piece(self, args, held, smem: cute.Pointer, lane: Lane, first_block, index: int):
+        """Piece `index` of what is held, if anything is."""
 
     def drain(self, lane: Lane):
         """All stores of this thread have read shared memory: it may go away."""
         wait_stores(0)
 
 
-def box_of_rows(target: TmaTensor, tile: Tile, block: Int32, column: Int32, half: int = 0):
-    """What `targets` gives for a 64-row block of a tile, in a ragged view. It may lie past the group's rows."""
-    rows = tile.rows - block * BOX
-    return target, ragged_start(tile.row + block * BOX, rows, column, half), rows > 0
+class Held(NamedTuple):
+    """Registers with a tile's results, rounded, until the next tile's end."""
+
+    packed: cute.Tensor  # REGISTERS for each box
+    place: cute.Tensor  # PLACE numbers, and whether there is a tile
+
+    def there(self):
+        return self.place[PLACE] > 0
+
+    def tile(self) -> Tile:
+        row, rows, m, n, half, group = (self.place[i] for i in range(PLACE))
+        return Tile(group, row, rows, m, n, half, Int32(0))
+
+    def quarter(self, box: int, q: int) -> list[Int32]:
+        return [self.packed[box * REGISTERS + 4 * q + i] for i in range(4)]
+
+    def keep(self, tile: Tile, boxes: int, quarter: Callable):
+        for box in range(boxes):
+            for q in range(QUARTERS):
+                for i, register in enumerate(quarter(box, q)):
+                    self.packed[box * REGISTERS + 4 * q + i] = register
+        place = (tile.row, tile.rows, tile.m, tile.n, tile.half, tile.group, Int32(1))
+        for i, number in enumerate(place):
+            self.place[i] = number
+
+
+class AtOnce(NamedTuple):
+    """The same of the tile at hand, made of its accumulators where it is asked for."""
+
+    whole: Tile
+    quarter: Callable
+
+    def tile(self) -> Tile:
+        return self.whole
+
+
+class Piece(NamedTuple):
+    store: int  # number of a stored box
+    first: int  # of its quarters
+    end: int
 
 
 @dataclass(frozen=True)
-class RingEpilogue(Epilogue):
-    """One whose outputs leave from stages of the ring, in steps that follow the tile's k steps; without `in_ring`
-    outputs it is as any other.
+class BoxEpilogue(Epilogue):
+    """Subclasses give `pack`, `target` and, if more is stored than is held, `values`.
 
-    A sub-tile of each warpgroup, or several, go into a step's stage, a 64x64 box for each output. A stage goes back to
-    the producer when the copy engine has read it; meanwhile the others take the next tile's operands.
+    Deferred, a warpgroup at a tile's end only rounds its accumulators, to half as many registers, and goes on to the
+    next tile; beside each of its first k steps, while the products are under way, it stores a piece. Where the
+    warpgroups take turns it stores all at once, while the other multiplies.
     """
 
-    sharers: int  # warpgroups that work on a tile
-    stages: int  # of the ring
-    boxes: tuple  # of a stage: (of B, of A)
+    dtype: type
+    buffer_count: int  # 64x64 buffers of one warpgroup
+    blocks: int  # 64-row blocks of one warpgroup
+    subtiles: int  # 64-column sub-tiles of a block, of one half
+    deferred: bool
+
+    transpose = False  # buffers hold the tile's columns as rows
 
     @property
-    def in_ring(self) -> int:
-        """Outputs of a sub-tile that leave from the ring: all, unless there are buffers."""
-        return 0 if self.buffer_count else self.outs
+    def boxes(self) -> int:
+        """Held of a tile"""
+        return self.blocks * self.subtiles
 
     @property
-    def per_step(self) -> int:
-        """Sub-tiles of a warpgroup in a stage: the fewest that make the fewest steps"""
-        count = self.blocks * self.subtiles
-        room = sum(boxes // self.sharers for boxes in self.boxes)
-        return ceil_div(count, ceil_div(count, room // self.in_ring))
+    def stores(self) -> int:
+        """Boxes stored of a tile"""
+        return self.boxes
 
     @property
-    def ring_steps(self) -> int:
-        return ceil_div(self.blocks * self.subtiles, self.per_step) if self.in_ring else 0
+    def pieces(self) -> tuple[Piece, ...]:
+        return self.whole_boxes if self.deferred else ()
+
+    @property
+    def whole_boxes(self) -> tuple[Piece, ...]:
+        return tuple(Piece(i, 0, QUARTERS) for i in range(self.stores))
 
     @property
     def buffers(self) -> Buffers:
-        return Buffers(self.dtype, self.buffer_count, self.blocks * self.subtiles * (self.outs - self.in_ring))
+        return Buffers(self.dtype, self.buffer_count, self.stores)
 
-    def pending(self, index: int) -> int:
-        # With outputs in the ring, of the tile before none; of this one those of the sub-tiles since the buffer was
-        # last used: `finish_subtile` leaves those of one.
-        return self.outs * (self.buffer_count - 1) if self.in_ring else super().pending(index)
+    @property
+    def buffer_elements(self) -> int:
+        """Of shared memory, of both consumer warpgroups"""
+        return cute.cosize(self.buffers.layout())
 
-    def box(self, number: int) -> tuple[int, int]:
-        """(0: in B, 1: in A; first box) of an output of a stage's sub-tiles, one box for each warpgroup"""
-        in_b = self.boxes[0] // self.sharers
-        return (0, number * self.sharers) if number < in_b else (1, (number - in_b) * self.sharers)
-
-    def ring_layout(self, region: int):
-        return box_layout(self.dtype, self.stages * self.boxes[region])
-
-    def ring_places(self, fed, consumer: Int32, numbers) -> list[Place]:
-        found = []
-        for number in numbers:
-            region, first = self.box(number)
-            box = fed.stage * self.boxes[region] + first + (consumer if self.sharers > 1 else 0)
-            found.append(Place(fed.smem[region], self.ring_layout(region), box))
-        return found
-
-    def places(self, smem: cute.Pointer, fed, consumer: Int32, index: int) -> list[Place]:
-        if not self.in_ring:
-            return super().places(smem, fed, consumer, index)
-        first, own, buffers = index % self.per_step * self.in_ring, self.outs - self.in_ring, self.buffers
-        used = [consumer * self.buffer_count + buffers.index(index * own + i) for i in range(own)]
-        in_ring = self.ring_places(fed, consumer, range(first, first + self.in_ring))
-        return in_ring + [Place(smem, buffers.layout(), box) for box in used]
+    def nothing(self):
+        if not self.deferred:
+            return None
+        held = Held(*(cute.make_rmem_tensor(cute.make_layout(n), Int32) for n in (self.boxes * REGISTERS, PLACE + 1)))
+        for registers in held:
+            registers.fill(0)
+        return held
 
     @cute.jit
-    def begin(self, lane: Lane, index: cutlass.Constexpr):
-        if cutlass.const_expr(self.in_ring < self.outs):  # in the ring nothing is written twice in a tile
+    def finish(self, args, state, held, smem: cute.Pointer, feed: Feed, tile: Tile, lane: Lane, first_block,
+               accumulators):  # fmt: skip
+        """One warpgroup, after a tile's products."""
+
+        def quarter(box: int, q: int):
+            return self.pack(state, accumulators, box, q)
+
+        if cutlass.const_expr(self.deferred):
+            held.keep(tile, self.boxes, quarter)
+        else:
+            for piece in self.whole_boxes:
+                self.put(args, AtOnce(tile, quarter), smem, lane, first_block, piece)
+
+    @cute.jit
+    def piece(self, args, held: Held, smem: cute.Pointer, lane: Lane, first_block, index: cutlass.Constexpr):
+        if held.there():
+            self.put(args, held, smem, lane, first_block, self.pieces[index])
+
+    @cute.jit
+    def put(self, args, held, smem: cute.Pointer, lane: Lane, first_block, piece: cutlass.Constexpr):
+        """Quarters of a box into its buffer; with the last one the box is on its way to global memory."""
+        buffers = self.buffers
+        place = Place(smem, buffers.layout(), lane.consumer * self.buffer_count + buffers.index(piece.store))
+        if cutlass.const_expr(piece.first == 0):
             if lane.warp == 0:
-                wait_stores(self.pending(index))
+                wait_stores(buffers.pending(piece.store, 1))
             barrier(lane.consumer)
+        for q in cutlass.range_constexpr(piece.first, piece.end):
+            to = lane.matrix_address(place.address(), q, self.transpose)
+            stmatrix_x4(to, self.values(held, piece.store, q), self.transpose)
+        if cutlass.const_expr(piece.end == QUARTERS):
+            cute.arch.fence_proxy("async.shared", space="cta")
+            barrier(lane.consumer)
+            target, start, inside = self.target(args, held.tile(), first_block, piece.store)
+            if lane.warp == 0:
+                if inside:
+                    store_box(target, place, start)
+                cute.arch.cp_async_bulk_commit_group()
 
-    def fed(self, feed: Feed, index: int):
-        return feed.wait(index // self.per_step) if self.in_ring else None
+    def values(self, held, store: int, q: int) -> list[Int32]:
+        """The four packed registers of a quarter, in the order of stmatrix"""
+        return held.quarter(store, q)
 
-    @cute.jit
-    def finish_subtile(self, feed: Feed, lane: Lane, index: cutlass.Constexpr):
-        """Warp 0, whose stores read them, holds each stage for a step longer, and the last as `Late` says."""
-        if cutlass.const_expr(self.in_ring > 0):
-            step, within = index // self.per_step, index % self.per_step
-            if cutlass.const_expr(within == self.per_step - 1 or index == self.blocks * self.subtiles - 1):
-                if lane.warp > 0:
-                    feed.release(step)
-                elif cutlass.const_expr(step > 0):
-                    wait_stores(self.outs * (within + 1))
-                    feed.release(step - 1)
+
+def box_of_rows(target: TmaTensor, tile: Tile, block: Int32, column: Int32, half: int = 0):
+    """What `target` gives for a 64-row block of a tile, in a ragged view. It may lie past the group's rows."""
+    rows = tile.rows - block * BOX
+    return target, ragged_start(tile.row + block * BOX, rows, column, half), rows > 0

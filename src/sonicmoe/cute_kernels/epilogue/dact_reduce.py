@@ -19,8 +19,9 @@ from ..groups import Tile
 from ..operands import TmaTensor
 from ..ptx import ldmatrix_x4, pack, unpack
 from . import math
-from .base import RingEpilogue, box_of_rows
+from .base import box_of_rows
 from .driver import BOX, BUFFER_BYTES, Lane, load_box, registers_of, tma_load, tma_store
+from .ring import RingEpilogue
 
 
 class DActReduceArgs(NamedTuple):
@@ -33,7 +34,6 @@ class DActReduceArgs(NamedTuple):
 
 
 class DActReduceState(NamedTuple):
-    first_block: Int32
     scores: list  # [block][row index]
     sums: list  # of the block at hand, by row index; replaced while tracing
     ahead: list  # registers of h loaded for the next quarter, while tracing
@@ -57,11 +57,6 @@ class DActReduce(RingEpilogue):
     def in_ring(self) -> int:
         """dh, in the place of h, and a_s unless it has buffers"""
         return self.halves if self.buffer_count else self.outs
-
-    @property
-    def per_step(self) -> int:
-        """A stage brings h of one sub-tile"""
-        return 1
 
     @property
     def ring_bytes(self) -> int:
@@ -99,7 +94,7 @@ class DActReduce(RingEpilogue):
         for mb in range(self.blocks):
             rows = [cutlass.min((first_block + mb) * BOX + 8 * r + lane.row, tile.rows - 1) for r in range(2)]
             scores.append([args.scores[args.row_slot[tile.row + row]] for row in rows])
-        return DActReduceState(first_block, scores, [Float32(0.0), Float32(0.0)], [])
+        return DActReduceState(scores, [Float32(0.0), Float32(0.0)], [])
 
     def h_registers(self, lane: Lane, fed, q: int):
         places = self.ring_places(fed, lane.consumer, range(self.halves))
@@ -128,20 +123,20 @@ class DActReduce(RingEpilogue):
         a_s = registers_of(acc, nb * (BOX // 8) + 2 * q, element)
         return (*dh, a_s)
 
-    def targets(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, mb: int, nb: int):
-        block, column = state.first_block + mb, tile.n * self.columns + nb * BOX
+    def targets(self, args: DActReduceArgs, tile: Tile, block, nb: int):
+        column = tile.n * self.columns + nb * BOX
         return (
             *(box_of_rows(args.dh, tile, block, column, half) for half in range(self.halves)),
             box_of_rows(args.a_s, tile, block, column),
         )
 
-    def finish_block(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, lane: Lane, mb: int):
+    def finish_block(self, args: DActReduceArgs, state: DActReduceState, tile: Tile, lane: Lane, first_block, mb: int):
         for r in range(2):
             total = state.sums[r]
             for distance in (1, 2):
                 total = total + cute.arch.shuffle_sync_bfly(total, distance)
             state.sums[r] = Float32(0.0)
-            self.write_part(args, tile, lane, (state.first_block + mb) * BOX + 8 * r + lane.row, total)
+            self.write_part(args, tile, lane, (first_block + mb) * BOX + 8 * r + lane.row, total)
 
     @cute.jit
     def write_part(self, args: DActReduceArgs, tile: Tile, lane: Lane, row: Int32, total: Float32):

@@ -1,10 +1,8 @@
 """From accumulators to global memory, 64 rows x 64 columns at a time.
 
-A warpgroup walks its sub-tiles in a fixed order. For each quarter (16 columns) `visit` (pure arithmetic on registers)
-gives the values of one or more output buffers; stmatrix puts them into shared memory, and the copy engine takes them
-to global memory while the next sub-tile is computed. Each warpgroup has its own buffers, used as a ring that starts
-anew in each tile: which buffer a sub-tile uses, and how many stores may still be under way when it is written, are
-known when compiling.
+stmatrix puts a quarter (16 columns) at a time into shared memory, and the copy engine takes whole boxes to global
+memory. Each warpgroup has its own buffers, used as a ring that starts anew in each tile: which buffer a box is in, and
+how many stores may still be under way when it is written, are known when compiling.
 """
 
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from ..copies import box_at, partition
 from ..operands import TmaTensor, smem_tensor
-from ..ptx import EVICT_FIRST, WARPGROUP
+from ..ptx import EVICT_FIRST, WARPGROUP, pack
 from ..scheduler import EPILOGUE_BARRIER
 
 BOX = 64
@@ -120,6 +118,16 @@ def registers_of(acc: cute.Tensor, first_group: int, element):
         for j in (first_group, first_group + 1)
         for r in range(2)
     ]
+
+
+def packed(dtype, acc: cute.Tensor, subtile: int, q: int, bias, first_group: int = 0):
+    """Those of a quarter of a sub-tile, rounded, with bias(column_group, lo, hi) added; sub-tiles and bias begin at
+    column group `first_group`."""
+
+    def element(r, j, lo, hi):
+        return pack(dtype, *bias(j - first_group, lo, hi))
+
+    return registers_of(acc, first_group + subtile * (BOX // 8) + 2 * q, element)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cutlass.cute as cute
 from cutlass import Int32
 
 from ..copies import grouped_weight, ragged_rows
 from ..groups import Tile
 from ..operands import TmaTensor
-from ..ptx import pack
-from .base import Epilogue, box_of_rows
-from .bias import column_bias
-from .driver import BOX, Lane, registers_of, tma_store
+from .base import BoxEpilogue, box_of_rows
+from .bias import column_bias, no_bias
+from .driver import BOX, Lane, packed, tma_store
 
 
 class StoreArgs(NamedTuple):
@@ -20,41 +18,31 @@ class StoreArgs(NamedTuple):
     bias: object  # (groups, n) or None
 
 
-class StoreState(NamedTuple):
-    first_block: Int32
-    bias: object
-
-
 @dataclass(frozen=True)
-class StoreRows(Epilogue):
+class StoreRows(BoxEpilogue):
     """To the rows of a group: result (rows, n), rows past the group clipped."""
 
     columns: int  # of the tile
     n: int
 
-    outs = 1
-
     def describe(self, tensors) -> StoreArgs:
         target, bias = tensors
         return StoreArgs(tma_store(ragged_rows(target, 1), self.dtype), bias)
 
-    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block) -> StoreState:
-        column = tile.n * self.columns
-        return StoreState(first_block, column_bias(args.bias, tile.group, column, lane, self.n))
+    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block):
+        return column_bias(args.bias, tile.group, tile.n * self.columns, lane, self.n)
 
-    def visit(self, args, state: StoreState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
-        def element(r, j, lo, hi):
-            lo, hi = state.bias(j, lo, hi)
-            return pack(self.dtype, lo, hi)
+    def pack(self, bias, accumulators, box: int, q: int) -> list[Int32]:
+        mb, nb = divmod(box, self.subtiles)
+        return packed(self.dtype, accumulators[mb], nb, q, bias)
 
-        return (registers_of(acc, nb * (BOX // 8) + 2 * q, element),)
-
-    def targets(self, args: StoreArgs, state: StoreState, tile: Tile, mb: int, nb: int):
-        return (box_of_rows(args.target, tile, state.first_block + mb, tile.n * self.columns + nb * BOX),)
+    def target(self, args: StoreArgs, tile: Tile, first_block, store: int):
+        mb, nb = divmod(store, self.subtiles)
+        return box_of_rows(args.target, tile, first_block + mb, tile.n * self.columns + nb * BOX)
 
 
 @dataclass(frozen=True)
-class StoreWeight(Epilogue):
+class StoreWeight(BoxEpilogue):
     """To a group's weight gradient (groups, m, n)."""
 
     rows: int  # of the tile
@@ -62,23 +50,23 @@ class StoreWeight(Epilogue):
     halves: int
     interleaved: bool
 
-    outs = 1
-
     def describe(self, tensors) -> StoreArgs:
         view = grouped_weight(tensors[0], self.halves, self.interleaved)
         return StoreArgs(tma_store(view, self.dtype), None)
 
-    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block) -> StoreState:
-        return StoreState(first_block, None)
+    def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block):
+        return no_bias
 
-    def visit(self, args, state: StoreState, lane: Lane, fed, acc: cute.Tensor, mb: int, nb: int, q: int):
-        return (registers_of(acc, nb * (BOX // 8) + 2 * q, lambda r, j, lo, hi: pack(self.dtype, lo, hi)),)
+    def pack(self, bias, accumulators, box: int, q: int) -> list[Int32]:
+        mb, nb = divmod(box, self.subtiles)
+        return packed(self.dtype, accumulators[mb], nb, q, bias)
 
-    def targets(self, args: StoreArgs, state: StoreState, tile: Tile, mb: int, nb: int):
-        row = tile.m * self.rows + (state.first_block + mb) * BOX
+    def target(self, args: StoreArgs, tile: Tile, first_block, store: int):
+        mb, nb = divmod(store, self.subtiles)
+        row = tile.m * self.rows + (first_block + mb) * BOX
         column = tile.n * self.columns + nb * BOX
         start = (column, row) if self.transpose else (row, column)
-        return ((args.target, start + (tile.half, tile.group), True),)
+        return args.target, start + (tile.half, tile.group), True
 
 
 @dataclass(frozen=True)
