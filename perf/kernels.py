@@ -165,7 +165,7 @@ def _check_rows(kernel: str, i: Inputs, out: tuple[Tensor, ...]) -> dict[str, fl
     token = i.row_token[rows].long()
     if kernel == "up_proj":
         h = _rows_product(i, rows, i.x[token], i.w1, transpose=True) + _bias(i, i.b1, rows)
-        error_of_a = {"a": check.error(out[1][rows], act(kind, h))}
+        error_of_a = {"a": check.error(out[1][rows], act(kind, h.to(i.x.dtype).float()))}
         return error_of_a | ({"h": check.error(out[0][rows], h)} if len(out[0]) else {})
     if kernel == "down_proj":
         y = _rows_product(i, rows, i.a[rows], i.w2, transpose=True) + _bias(i, i.b2, rows)

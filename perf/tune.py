@@ -32,7 +32,7 @@ from perf.shapes import Shape
 from sonicmoe import ops
 from sonicmoe.configs import choice
 from sonicmoe.configs.tile import TileConfig
-from sonicmoe.cute_kernels.variants import GemmSpec, outputs
+from sonicmoe.cute_kernels.variants import GemmSpec
 from sonicmoe.ops import _gemm
 
 TABLES = environment.ROOT / "src" / "sonicmoe" / "configs" / "tuned"
@@ -76,15 +76,14 @@ def specs(shape: Shape, form: Form) -> dict[str, GemmSpec]:
     }
     found = {}
     for gemm, (variant, n, k, rest) in asked.items():
-        outs = outputs(variant, rest.get("halves", 1), rest.get("keep_h", True))
-        tile = choice.candidates(variant, experts, n, outs, rest.get("halves", 1))[0]
+        tile = choice.candidates(variant, experts, n, rest.get("halves", 1))[0]
         found[gemm] = GemmSpec(variant, experts, n, k, form.dtype, tile, **rest)
     return found
 
 
 def candidates(gemm: str, spec: GemmSpec) -> list[Candidate]:
     """Every valid configuration, in order of preference."""
-    tiles = choice.candidates(spec.variant, spec.groups, spec.n, spec.outs, spec.halves)
+    tiles = choice.candidates(spec.variant, spec.groups, spec.n, spec.halves)
     return [Candidate(gemm, dataclasses.replace(spec, tile=tile)) for tile in tiles]
 
 

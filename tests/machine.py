@@ -77,6 +77,10 @@ class Machine:
         )  # (what, part) -> content, None in flight
         self.readers: dict[Stage, int] = defaultdict(int)  # products that read a stage
         self.stores: dict[Stage, int] = defaultdict(int)  # likewise copies to global memory
+        self.written: dict[Any, dict[int, int]] = defaultdict(
+            lambda: defaultdict(int)
+        )  # stage, what it brought -> warp -> quarters
+        self.unfenced: dict[int, set[Stage]] = defaultdict(set)  # thread -> stages that it has written
         self.storing: dict[int, deque[Stage]] = defaultdict(deque)  # thread -> those under way
         self.copies: dict[int, int] = defaultdict(int)  # thread -> cp.async copies under way
         self.groups: dict[int, deque[list[Any]]] = defaultdict(deque)  # thread -> groups of products under way
@@ -163,6 +167,7 @@ class Machine:
 
     def fence_proxy(self, kind: str, space: str) -> None:
         self.fenced.add(self.thread)
+        self.unfenced[self.thread].clear()
 
     def barrier(self, barrier_id: int, number_of_threads: int) -> None:
         named = self.named[self.cta, int(barrier_id)]
@@ -212,11 +217,22 @@ class Machine:
         self.lockstep.later(lands)
 
     def write(self, stage: Stage) -> None:
-        """Results into a stage."""
+        """A quarter of a box of results, into a stage that has brought inputs."""
+        self.lockstep.wait()
         assert not self.readers[stage], f"results in stage {stage} while it is read"
+        self.written[stage, self.inputs(stage)][self.warp] += 1
+        self.unfenced[self.thread].add(stage)
 
-    def store(self, stage: Stage) -> None:
-        """Have results copied away from a stage."""
+    def inputs(self, stage: Stage) -> Any:
+        """Of an epilogue, in a stage"""
+        assert any(what == FED for what, _ in self.stages[stage]), f"stage {stage} is not the epilogue's any more"
+        return self.read(stage)
+
+    def store(self, stage: Stage, quarters: int) -> None:
+        """Have results copied away from a stage, once each warp of the warpgroup has written so many quarters."""
+        mates = range(self.warp // 4 * 4, self.warp // 4 * 4 + 4)
+        assert all(self.written[stage, self.inputs(stage)][warp] == quarters for warp in mates), "stored too early"
+        assert not any(stage in self.unfenced[self.cta * WARPS + warp] for warp in mates), "no fence before a store"
         queue = self.storing[self.thread]
         queue.append(stage)
         self.stores[stage] += 1
@@ -225,6 +241,9 @@ class Machine:
             self.stores[queue.popleft()] -= 1
 
         self.lockstep.later(read)
+
+    def cp_async_bulk_commit_group(self) -> None:
+        """Each store is one."""
 
     def cp_async_bulk_wait_group(self, pending: int, read: bool) -> None:
         queue = self.storing[self.thread]

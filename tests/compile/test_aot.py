@@ -12,7 +12,7 @@ from sonicmoe.activations import Activation
 from sonicmoe.configs.choice import SPEEDS, candidates, family
 from sonicmoe.configs.tile import TileConfig
 from sonicmoe.cute_kernels.aggregate import AggregateSpec
-from sonicmoe.cute_kernels.variants import GemmSpec, outputs
+from sonicmoe.cute_kernels.variants import GemmSpec
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.jit import aot, compile, inspect
 
@@ -47,7 +47,7 @@ def test_the_record_has_what_is_listed() -> None:
 
 
 def test_resources_of_a_gemm() -> None:
-    tile = candidates("down_proj", 8, 256, 1, 1)[0]
+    tile = candidates("down_proj", 8, 256, 1)[0]
     spec = GemmSpec("down_proj", 8, 256, 128, "bf16", tile)
     found = inspect.resources(compile.compile_for_inspection(spec))
     table = 32 + 4
@@ -61,7 +61,7 @@ def test_resources_of_a_gemm() -> None:
 def test_no_wide_multiply_add_in_a_gathers_loop(variant: str) -> None:
     """Eight a k step would cost the products 3 to 6%: docs/notes/2026-11-24-gathers.md. One finds a step's indices."""
     halves, act = (2, Activation("swiglu")) if variant in ("up_proj", "down_dgrad") else (1, None)
-    tile = candidates(variant, 8, 256, outputs(variant, halves, True), halves)[0]
+    tile = candidates(variant, 8, 256, halves)[0]
     spec = GemmSpec(variant, 8, 256, 1536, "bf16", tile, halves, act=act)
     lines = inspect.disassembled(compile.compile_for_inspection(spec))[1].splitlines()
     gathers = [i for i, line in enumerate(lines) if "LDGSTS.E.BYPASS" in line]

@@ -1,4 +1,4 @@
-"""Where epilogues say that a sub-tile goes: the functions as they are written, with numbers for a tile's registers."""
+"""Where epilogues say that a box goes: the functions as they are written, with numbers for a tile's registers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sonicmoe.cute_kernels.epilogue.dact_reduce import DActReduce
 from sonicmoe.cute_kernels.epilogue.store import StoreRows, StoreWeight, StoreWeightTransposed
 from sonicmoe.cute_kernels.groups import Tile
 
-RING = 2, 3, (4, 2)
+RING = 3, (4, 2)
 ARGS = SimpleNamespace(h="h", a="a", dh="dh", a_s="a_s", target="target")
 WRITE_PART = as_written(DActReduce.write_part)
 # (first row of the tile, rows of the group from there on, tile along n, first 64-row block of the warpgroup)
@@ -35,7 +35,7 @@ def box(row: int, last: int, column: int, half: int = 0) -> tuple[int, int, int]
 
 
 def box_of(at: Tile, row: int, nb: int, name: str, columns: int, half: int = 0) -> Any:
-    """As `seen`: what a sub-tile is to be stored to, from this row of the tile on."""
+    """As `seen`: what a box is to be stored to, from this row of the tile on."""
     return name, box(at.row + row, at.row + at.rows, at.n * columns + 64 * nb, half), row < at.rows
 
 

@@ -47,41 +47,45 @@ def family(variant: str) -> str:
     return "wgrad" if "wgrad" in variant else variant
 
 
-def candidates(variant: str, groups: int, n: int, outs: int, halves: int) -> list[TileConfig]:
+def candidates(variant: str, groups: int, n: int, halves: int) -> list[TileConfig]:
     """Every configuration that can be chosen, the one of the least predicted time first.
 
-    groups, outs, halves: of the GemmSpec. What shared memory a number of epilogue buffers leaves is spent on stages.
+    groups, halves: of the GemmSpec. What shared memory a number of epilogue buffers leaves is spent on stages.
     """
     share = halves if variant == "up_proj" else 1
     found: list[tuple[float, TileConfig]] = []
     for (schedule, tile_n, cluster), speed in SPEEDS[family(variant)].items():
         columns = tile_n // share
         predicted = round_up(n, columns) / n / speed
-        for buffers in _buffers(variant, outs):
-            tile = _fitted(variant, groups, TileConfig(schedule, tile_n, 0, buffers, cluster=cluster), outs, halves)
+        form = TileConfig(schedule, tile_n, 0, 0, cluster=cluster)
+        for buffers in _buffers(variant, form):
+            tile = _fitted(variant, groups, replace(form, buffers=buffers), halves)
             if tile is not None and tile not in (t for _, t in found):
                 found.append((predicted, tile))
     return [tile for _, tile in sorted(found, key=lambda pair: pair[0])]
 
 
-def _buffers(variant: str, outs: int) -> tuple[int, ...]:
-    """Numbers of epilogue buffers worth their shared memory: none, where nothing or not all needs one, or a few."""
-    some = (1, 2, 4) if outs else ()
-    return some if some and variant != "down_dgrad" else (0, *some)
+def _buffers(variant: str, tile: TileConfig) -> tuple[int, ...]:
+    """Numbers of epilogue buffers worth their shared memory: none for what adds from registers; down_dgrad can do with
+    none, and has nothing of more than two; for the others no more than a warpgroup has boxes of accumulators."""
+    if variant.endswith("_add"):
+        return (0,)
+    boxes = tile.warpgroup_rows // 64 * (tile.tile_n // 64)
+    return (0, 1, 2) if variant == "down_dgrad" else tuple(dict.fromkeys(min(b, boxes) for b in (1, 2, 4)))
 
 
-def _fitted(variant: str, groups: int, tile: TileConfig, outs: int, halves: int) -> TileConfig | None:
+def _fitted(variant: str, groups: int, tile: TileConfig, halves: int) -> TileConfig | None:
     """With as many stages as fit beside its buffers, then more buffers in what is left."""
 
     def fits(stages: int, buffers: int) -> bool:
         whole = replace(tile, stages=stages, buffers=buffers)
-        return whole.why_invalid(variant, groups, outs, halves) is None
+        return whole.why_invalid(variant, groups, halves) is None
 
     buffers = tile.buffers
     stages = next((s for s in range(MOST_STAGES, LEAST_STAGES - 1, -1) if fits(s, buffers)), None)
     if stages is None:
         return None
-    while 0 < buffers < _buffers(variant, outs)[-1] and fits(stages, buffers + 1):
+    while 0 < buffers < _buffers(variant, tile)[-1] and fits(stages, buffers + 1):
         buffers += 1
     return replace(tile, stages=stages, buffers=buffers)
 
@@ -104,9 +108,9 @@ def tuned(gpu: str) -> dict[tuple[Any, ...], TileConfig]:
 def choose(variant: str, groups: int, n: int, k: int, outs: int, halves: int, gpu: str) -> TileConfig:
     """The configuration of a GEMM. Raises ValueError if none is valid."""
     found = tuned(gpu).get((variant, n, k, halves, outs))
-    if found is not None and found.why_invalid(variant, groups, outs, halves) is None:
+    if found is not None and found.why_invalid(variant, groups, halves) is None:
         return found
-    possible = candidates(variant, groups, n, outs, halves)
+    possible = candidates(variant, groups, n, halves)
     if not possible:
-        raise ValueError(f"no tile configuration of {variant} for {groups} groups of n = {n}, {outs} outputs")
+        raise ValueError(f"no tile configuration of {variant} for {groups} groups of n = {n}")
     return possible[0]

@@ -10,7 +10,7 @@ BUFFER = 64 * 64 * 2  # bytes of an epilogue buffer
 CONSUMERS = 2
 MAX_GROUPS = 1024  # groups that the two-level search of the tile table covers
 ACCUMULATORS = 128  # fp32 accumulators per thread that leave room for the epilogue
-ACCUMULATORS_PLAIN_STORE = 192  # for an epilogue without other registers
+ACCUMULATORS_PLAIN_STORE = 192  # ping-pong, for an epilogue without registers of its own
 
 
 SCHEDULES = ("cooperative", "pingpong")
@@ -25,7 +25,7 @@ class TileConfig:
     """The choices of a grouped GEMM.
 
     schedule  "cooperative" (the consumer warpgroups split a tile's rows) or "pingpong" (they take whole tiles in turns)
-    buffers   64x64 epilogue buffers of each consumer warpgroup; none: outputs leave from stages of the ring
+    buffers   64x64 epilogue buffers of each consumer warpgroup; down_dgrad may have none, *_add needs none
     cluster   CTAs whose tiles have the same columns of B, which each loads a part of for all of them
     """
 
@@ -53,8 +53,8 @@ class TileConfig:
         # A range cannot be empty: without buffers a few bytes, rounded up.
         return round_up(head, ALIGNMENT) + self.stages * stage + max(ALIGNMENT, CONSUMERS * self.buffers * BUFFER)
 
-    def why_invalid(self, variant: str, groups: int, outs: int, halves: int) -> str | None:
-        """None if a kernel of this configuration can be built: outs buffers per sub-tile, halves of n (gate and up)."""
+    def why_invalid(self, variant: str, groups: int, halves: int) -> str | None:
+        """None if a kernel of this configuration can be built. halves: of n (gate and up)"""
         reduces_rows = "wgrad" in variant
         if self.tile_m != 128 or self.tile_k != 64:
             return "tile_m must be 128 and tile_k 64"
@@ -75,12 +75,12 @@ class TileConfig:
         if self.accumulators > (ACCUMULATORS_PLAIN_STORE if plain else ACCUMULATORS):
             return f"{self.accumulators} accumulators per thread do not fit beside the epilogue"
         if variant == "down_dgrad":  # h comes, and what has no buffer leaves, in stages of the ring
-            in_ring = halves + (outs if self.buffers == 0 else 0)
+            in_ring = halves + (self.buffers == 0)
             if self.schedule == "pingpong":
                 return "ping-pong would let a warpgroup wait two laps ahead of the ring, on steps that are the other's"
             if in_ring > self.tile_n // 64 // CONSUMERS + self.tile_m // 64 // CONSUMERS:
                 return f"a stage has no room for {in_ring} boxes of each warpgroup"
-        elif self.buffers == 0 and outs > 0:
+        elif self.buffers == 0 and not variant.endswith("_add"):
             return "an epilogue needs a buffer"
         if self.stages < 2:
             return "two stages are the least"

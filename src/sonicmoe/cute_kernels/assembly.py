@@ -103,20 +103,20 @@ def epilogue(spec: GemmSpec):
     columns = tile.tile_n // (spec.halves if spec.variant == "up_proj" else 1)
     dtype, blocks, subtiles = DTYPES[spec.dtype], tile.warpgroup_rows // 64, columns // 64
     base = (dtype, tile.buffers, blocks, subtiles)
-    boxes = (*base, tile.schedule == "cooperative")
+    by_boxes = (*base, tile.schedule == "cooperative")
     if spec.variant == "up_proj":
-        return ActStore(*boxes, spec.act, tile.tile_n // spec.halves, spec.n, spec.interleaved, spec.keep_h)
+        return ActStore(*by_boxes, spec.act, tile.tile_n // spec.halves, spec.n, spec.interleaved, spec.keep_h)
     if spec.variant == "down_dgrad":
-        ring = (SCHEDULES[tile.schedule].stage_readers, tile.stages, (tile.tile_n // 64, tile.tile_m // 64))
-        return DActReduce(*base, *ring, spec.act, tile.tile_n, spec.n)
+        boxes = (tile.tile_n // 64, tile.tile_m // 64)
+        return DActReduce(*base, tile.stages, boxes, spec.act, tile.tile_n, spec.n)
     if spec.variant in ("down_proj", "up_dgrad"):
-        return StoreRows(*boxes, tile.tile_n, spec.n)
+        return StoreRows(*by_boxes, tile.tile_n, spec.n)
     transposed = spec.variant.startswith("up")
     if spec.adds:
         layout = (spec.k, spec.n, spec.halves, spec.interleaved, transposed)
         return AddWeight(dtype, blocks, subtiles, tile.tile_m, tile.tile_n, *layout)
     store = StoreWeightTransposed if transposed else StoreWeight
-    return store(*boxes, tile.tile_m, tile.tile_n, spec.halves, spec.interleaved)
+    return store(*by_boxes, tile.tile_m, tile.tile_n, spec.halves, spec.interleaved)
 
 
 def fake(dtype, *shape, alignment: int = 16):

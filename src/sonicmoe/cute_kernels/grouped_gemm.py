@@ -24,7 +24,7 @@ from .ptx import WARPGROUP
 from .scheduler import CONSUMERS
 
 THREADS = (1 + CONSUMERS) * WARPGROUP
-# Registers per thread after the split; over the three warpgroups 504, or less: what the launch has given, 3 x 168.
+# Registers per thread after the split; over the three warpgroups 504 at most: what the launch has given, 3 x 168.
 GATHER_REGISTERS = (56, 224)
 BULK_REGISTERS = (24, 240)
 

@@ -96,8 +96,9 @@ class Mainloop:
         self, tiled_mma: cute.TiledMma, bars: RingBarriers, fragments, tile: Tile, step: Uint32, consumer: Int32,
         late: Late, piece, pieces: cutlass.Constexpr,
     ):  # fmt: skip
-        """One consumer warpgroup: one tile's products. Beside the first k steps it calls piece(i), for each i less than
-        `pieces`; what there are no k steps for comes after the last. Returns the step after the last."""
+        """One consumer warpgroup: one tile's products, of which those of one step stay under way. Beside the first
+        whole k steps it calls piece(i), for each i less than `pieces`; what there are no steps for comes after the last
+        of them. Returns the step after the last."""
         blocks = const_expr(cute.size(fragments[1], mode=[2]))
         k_steps = tile.k_steps
         self.schedule.wait_turn(consumer)
@@ -109,7 +110,7 @@ class Mainloop:
         for i in cutlass.range_constexpr(pieces):
             if i < k_steps:
                 step = self.k_step(tiled_mma, bars, fragments, Int32(i), step, late)
-                tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+                tiled_mma.set(warpgroup.Field.ACCUMULATE, True)  # that in k_step is not seen here
             piece(i)
         for k in cutlass.range(pieces, k_steps, unroll=1):
             step = self.k_step(tiled_mma, bars, fragments, k, step, late)

@@ -1,8 +1,8 @@
 """Keeps the CTAs of a GEMM at nearly the same k step, so that each byte that they share is read from DRAM once.
 
 The tiles of one round of CTAs read some 8 kB for each element of k, A and B together: of a long k more than the L2
-cache holds. CTAs left to themselves drift apart, by whole tiles in the end, and then find little there of what others
-have read. So each counts its steps in global memory, and one that is ahead of the mean rests for a moment.
+cache holds, or nearly. CTAs left to themselves drift apart, by whole tiles in the end, and then find little there of
+what others have read. So each counts its steps in global memory, and one that is ahead of the mean rests for a moment.
 
 Only time depends on it, and nobody waits for anybody. Where some of the CTAs do not run, since other kernels hold SMs,
 the others come to be FAR ahead of the mean, which then says nothing, and rest no more. CTAs without a tile in the last

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from .grouped_gemm import GroupedGemm
 
 ARCH = "sm_90a"
-# How a GEMM whose groups have a large B spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md).
+# How a GEMM whose groups have a large B spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md, -deferred.md).
 BAND, BANDED_BYTES = 16, 8 << 20  # n tiles of a band, at most; of groups with a B larger than this
 PACED_K, PACED_BYTES = 4096, 16 << 20  # one pace: from this k on, likewise
 
 
 def outputs(variant: str, halves: int, keep_h: bool = True) -> int:
-    """Epilogue buffers that a sub-tile needs: one for each output, but those that leave from the ring or registers."""
+    """Of a sub-tile, those that take buffers: by them the tuned tables tell an up_proj with h from one without."""
     if variant == "up_proj":
         return 1 + (halves if keep_h else 0)
     return 0 if variant.endswith("_add") else 1
@@ -98,7 +98,7 @@ class GemmSpec:
             return f"n = {self.n} and k = {self.k} must be multiples of 8"
         if self.act is not None and self.halves != (2 if self.act.gated else 1):
             return f"{self.act} does not have {self.halves} halves"
-        return self.tile.why_invalid(self.variant, self.groups, self.outs, self.halves)
+        return self.tile.why_invalid(self.variant, self.groups, self.halves)
 
     def build(self) -> tuple[GroupedGemm, tuple]:
         reason = self.why_invalid()
@@ -117,13 +117,12 @@ def aot_specs() -> list[GemmSpec]:
     swiglu = Activation("swiglu")
 
     def tiles(variant: str, n: int, k: int, halves: int = 1, **form: Any) -> list[GemmSpec]:
-        outs = outputs(variant, halves, form.get("keep_h", True))
-        found = candidates(variant, form.get("groups", 128), n, outs, halves)
+        found = candidates(variant, form.get("groups", 128), n, halves)
         return [GemmSpec(variant, 128, n, k, "bf16", tile, halves, **form) for tile in found]
 
     def best(spec: GemmSpec, **form: Any) -> GemmSpec:
         changed = replace(spec, **form)
-        tile = candidates(changed.variant, changed.groups, changed.n, changed.outs, changed.halves)[0]
+        tile = candidates(changed.variant, changed.groups, changed.n, changed.halves)[0]
         return replace(changed, tile=tile)
 
     up, down = tiles("up_proj", 256, 1536, 2, act=swiglu), tiles("down_proj", 1536, 256)

@@ -1,8 +1,9 @@
 """The steps of the layer in plain torch: ground truth for the kernels, and the ops' body for backend="torch".
 
 Every step has the name, the arguments and the results of the op and of the kernel. Any device, any float dtype:
-products and sums are computed in at least fp32 and rounded to the storage dtype exactly where the kernels store (h, a,
-y, dh, a_s, dx_rows, weight gradients). fp64 stays fp64, for gradcheck. Rows of the buffers that no expert has are zero.
+products and sums are computed in at least fp32 and rounded to the storage dtype exactly where the kernels store (h,
+also where it is not kept, a, y, dh, a_s, dx_rows, weight gradients). fp64 stays fp64, for gradcheck. Rows of the
+buffers that no expert has are zero.
 
 The loops over experts read cu_rows on the host: on a GPU every step synchronises. That is accepted of a reference.
 """

@@ -13,7 +13,7 @@ from ..groups import Tile
 from ..operands import TmaTensor
 from ..pipelines import Feed
 from ..ptx import stmatrix_x4
-from .driver import BOX, Buffers, Lane, Place, barrier, store_box, wait_stores
+from .driver import BOX, Buffers, Lane, Place, barrier, packed, store_box, wait_stores
 
 QUARTERS = 4  # of a box, 16 columns each
 REGISTERS = 4 * QUARTERS  # of a thread, for a box of 16-bit values
@@ -21,7 +21,11 @@ PLACE = 6  # numbers that say where a tile is
 
 
 class Epilogue:
-    """The least: everything is done at a tile's end, and nothing in the ring."""
+    """What is the same for one that does everything at a tile's end, and nothing in the ring.
+
+    Beside it the skeleton asks for `dtype` and `buffer_elements`, `describe` (host: what the kernel receives), `open`
+    (a tile's state, before its products) and `finish`.
+    """
 
     ring_steps = 0  # steps of the ring, after a tile's k steps, that the epilogue works in
     ring_bytes = 0  # that such a step brings
@@ -86,7 +90,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class BoxEpilogue(Epilogue):
-    """Subclasses give `pack`, `target` and, if more is stored than is held, `values`.
+    """Subclasses give `open`, `target` and, if more is stored than is held, `pack`, `boxes`, `stores` and `values`.
 
     Deferred, a warpgroup at a tile's end only rounds its accumulators, to half as many registers, and goes on to the
     next tile; beside each of its first k steps, while the products are under way, it stores a piece. Where the
@@ -162,7 +166,7 @@ class BoxEpilogue(Epilogue):
         place = Place(smem, buffers.layout(), lane.consumer * self.buffer_count + buffers.index(piece.store))
         if cutlass.const_expr(piece.first == 0):
             if lane.warp == 0:
-                wait_stores(buffers.pending(piece.store, 1))
+                wait_stores(buffers.pending(piece.store))
             barrier(lane.consumer)
         for q in cutlass.range_constexpr(piece.first, piece.end):
             to = lane.matrix_address(place.address(), q, self.transpose)
@@ -176,8 +180,13 @@ class BoxEpilogue(Epilogue):
                     store_box(target, place, start)
                 cute.arch.cp_async_bulk_commit_group()
 
+    def pack(self, bias, accumulators, box: int, q: int) -> list[Int32]:
+        """A quarter of a held box, in the order of stmatrix; bias: what `open` gave"""
+        mb, nb = divmod(box, self.subtiles)
+        return packed(self.dtype, accumulators[mb], nb, q, bias)
+
     def values(self, held, store: int, q: int) -> list[Int32]:
-        """The four packed registers of a quarter, in the order of stmatrix"""
+        """A quarter of a stored box, likewise"""
         return held.quarter(store, q)
 
 

@@ -18,6 +18,7 @@ from ..copies import halved_rows, ragged_rows
 from ..groups import Tile
 from ..operands import TmaTensor
 from ..ptx import ldmatrix_x4, pack, unpack
+from ..scheduler import CONSUMERS
 from . import math
 from .base import box_of_rows
 from .driver import BOX, BUFFER_BYTES, Lane, load_box, registers_of, tma_load, tma_store
@@ -60,7 +61,7 @@ class DActReduce(RingEpilogue):
 
     @property
     def ring_bytes(self) -> int:
-        return self.sharers * self.halves * BUFFER_BYTES
+        return CONSUMERS * self.halves * BUFFER_BYTES
 
     def describe(self, tensors) -> DActReduceArgs:
         h, dh, a_s, scores, row_slot, parts = tensors
@@ -80,7 +81,7 @@ class DActReduce(RingEpilogue):
             mb, nb = divmod(step, self.subtiles)
             for half in range(self.halves):
                 region, first = self.box(half)
-                for consumer in range(self.sharers):
+                for consumer in range(CONSUMERS):
                     block = schedule.first_block(consumer, tile_m) + mb
                     column = tile.n * self.columns + nb * BOX
                     box = stage * self.boxes[region] + first + consumer

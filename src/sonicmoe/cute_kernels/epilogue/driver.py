@@ -43,20 +43,15 @@ class Buffers:
     def index(self, use: int) -> int:
         return use % self.count
 
-    def pending(self, first: int, outs: int) -> int:
-        """How many stores may still be reading when the uses first .. first + outs - 1 are written.
+    def pending(self, use: int) -> int:
+        """How many stores may still be reading when the buffer of a use is written.
 
         Each use is one commit group; it waits for the store that last read its buffer, in this tile or the one before.
         """
-        allowed = []
-        for i in range(outs):
-            use = first + i
-            if use >= self.count:
-                allowed.append(self.count - 1 - i)
-            else:
-                last = max(u for u in range(self.uses) if u % self.count == use)
-                allowed.append(first + self.uses - 1 - last)
-        return min(allowed)
+        if use >= self.count:
+            return self.count - 1
+        last = max(u for u in range(self.uses) if u % self.count == use)
+        return use + self.uses - 1 - last
 
 
 def tma_store(view, dtype) -> TmaTensor:
@@ -121,8 +116,8 @@ def registers_of(acc: cute.Tensor, first_group: int, element):
 
 
 def packed(dtype, acc: cute.Tensor, subtile: int, q: int, bias, first_group: int = 0):
-    """Those of a quarter of a sub-tile, rounded, with bias(column_group, lo, hi) added; sub-tiles and bias begin at
-    column group `first_group`."""
+    """The four registers of a quarter of a sub-tile, rounded, with bias(column_group, lo, hi) added; sub-tiles and bias
+    begin at column group `first_group`."""
 
     def element(r, j, lo, hi):
         return pack(dtype, *bias(j - first_group, lo, hi))

@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from ..groups import Tile
 from ..pipelines import Feed
 from ..ptx import stmatrix_x4
+from ..scheduler import CONSUMERS
 from .base import QUARTERS, Epilogue
 from .driver import BOX, Buffers, Lane, Place, barrier, box_layout, store_box, wait_stores
 
@@ -26,7 +27,6 @@ class RingEpilogue(Epilogue):
     buffer_count: int  # 64x64 buffers of one warpgroup
     blocks: int  # 64-row blocks of one warpgroup
     subtiles: int  # 64-column sub-tiles of a block
-    sharers: int  # warpgroups that work on a tile
     stages: int  # of the ring
     boxes: tuple  # of a stage: (of B, of A)
 
@@ -45,8 +45,8 @@ class RingEpilogue(Epilogue):
 
     def box(self, number: int) -> tuple[int, int]:
         """(0: in B, 1: in A; first box) of an output in a stage, one box for each warpgroup"""
-        in_b = self.boxes[0] // self.sharers
-        return (0, number * self.sharers) if number < in_b else (1, (number - in_b) * self.sharers)
+        in_b = self.boxes[0] // CONSUMERS
+        return (0, number * CONSUMERS) if number < in_b else (1, (number - in_b) * CONSUMERS)
 
     def ring_layout(self, region: int):
         return box_layout(self.dtype, self.stages * self.boxes[region])
@@ -55,7 +55,7 @@ class RingEpilogue(Epilogue):
         found = []
         for number in numbers:
             region, first = self.box(number)
-            box = fed.stage * self.boxes[region] + first + (consumer if self.sharers > 1 else 0)
+            box = fed.stage * self.boxes[region] + first + consumer
             found.append(Place(fed.smem[region], self.ring_layout(region), box))
         return found
 

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cutlass import Int32
-
 from ..copies import grouped_weight, ragged_rows
 from ..groups import Tile
 from ..operands import TmaTensor
 from .base import BoxEpilogue, box_of_rows
 from .bias import column_bias, no_bias
-from .driver import BOX, Lane, packed, tma_store
+from .driver import BOX, Lane, tma_store
 
 
 class StoreArgs(NamedTuple):
@@ -32,10 +30,6 @@ class StoreRows(BoxEpilogue):
     def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block):
         return column_bias(args.bias, tile.group, tile.n * self.columns, lane, self.n)
 
-    def pack(self, bias, accumulators, box: int, q: int) -> list[Int32]:
-        mb, nb = divmod(box, self.subtiles)
-        return packed(self.dtype, accumulators[mb], nb, q, bias)
-
     def target(self, args: StoreArgs, tile: Tile, first_block, store: int):
         mb, nb = divmod(store, self.subtiles)
         return box_of_rows(args.target, tile, first_block + mb, tile.n * self.columns + nb * BOX)
@@ -56,10 +50,6 @@ class StoreWeight(BoxEpilogue):
 
     def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block):
         return no_bias
-
-    def pack(self, bias, accumulators, box: int, q: int) -> list[Int32]:
-        mb, nb = divmod(box, self.subtiles)
-        return packed(self.dtype, accumulators[mb], nb, q, bias)
 
     def target(self, args: StoreArgs, tile: Tile, first_block, store: int):
         mb, nb = divmod(store, self.subtiles)
