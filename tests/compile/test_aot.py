@@ -90,10 +90,11 @@ def test_accesses_before_the_wait_for_earlier_launches_are_counted() -> None:
         ({"opcodes": {"ACQBULK": 1}}, "does not wait"),
         ({"stack": 8}, "stack frame of 8"),
         ({"shared": inspect.SHARED_MEMORY + 8}, "shared memory"),
+        ({"setmaxnreg": (48, 232)}, "waits for ever"),
     ],
 )
 def test_faults(change: dict[str, Any], fault: str) -> None:
-    fine: dict[str, Any] = {"kernels": 2, "registers": 168, "stack": 0, "shared": 1024, "setmaxnreg": ()}
+    fine: dict[str, Any] = {"kernels": 2, "registers": 168, "stack": 0, "shared": 1024, "setmaxnreg": (56, 224)}
     fine["early"] = 0
     fine["opcodes"] = {"LDG": 1, "ACQBULK": 2}
     assert inspect.Resources(**fine).faults() == []

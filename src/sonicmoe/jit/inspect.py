@@ -47,6 +47,8 @@ class Resources:
             found.append(f"a stack frame of {self.stack} bytes")
         if self.opcodes.get("ACQBULK") != self.kernels:
             found.append("a kernel does not wait, once, for the launches before it")
+        if self.setmaxnreg and self.setmaxnreg[0] + 2 * self.setmaxnreg[1] > 3 * self.registers:
+            found.append(f"setmaxnreg {self.setmaxnreg} of three times {self.registers}: waits for ever")
         if self.shared > SHARED_MEMORY:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY} are there")
         return found

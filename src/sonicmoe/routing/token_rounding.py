@@ -67,7 +67,7 @@ def route_token_rounding(
         check_no_nan("logits", logits)
     num_slots, draws = _num_slots(logits, k, tile_m), _draws(logits, rule, generator)
     if is_hopper(logits.device) and ops.token_rounding_has_kernel(logits, num_slots):
-        rounded = Rounded(*_TokenRounding.apply(logits, draws, k, tile_m, rule, num_slots))
+        rounded = Rounded(*_RouteTokenRounding.apply(logits, draws, k, tile_m, rule, num_slots))
     else:
         rounded = reference.token_rounding(logits, draws, k, tile_m, rule, num_slots)
     return _routing(rounded, logits)
@@ -92,7 +92,7 @@ def _routing(rounded: Rounded, logits: Tensor) -> Routing:
     return Routing(scores, cu_rows, row_token, row_slot, slot_row, cu_slots, num_tokens=logits.shape[0])
 
 
-class _TokenRounding(torch.autograd.Function):
+class _RouteTokenRounding(torch.autograd.Function):
     """Token rounding by the kernels: keeps logits, and two bits for each of them, for the backward."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class _TokenRounding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return once("route_token_rounding", _TokenRounding._gradients, ctx, dscores)
+        return once("route_token_rounding", _RouteTokenRounding._gradients, ctx, dscores)
 
     @staticmethod
     def _gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:

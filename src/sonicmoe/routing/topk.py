@@ -98,11 +98,11 @@ def topk(logits: Tensor, k: int, bias: Tensor | None, scoring: Scoring) -> tuple
     """Scores (T, k), differentiable in logits, and expert ids (T, k) int32, best first; see `route_topk`."""
     kind, renormalize, num_groups, top_groups, scale = scoring
     if is_hopper(logits.device) and ops.topk_has_kernel(logits, k, num_groups, top_groups):
-        return _TopK.apply(logits, k, None if bias is None else bias.detach(), scoring)
+        return _RouteTopK.apply(logits, k, None if bias is None else bias.detach(), scoring)
     return reference.topk(logits, k, bias, kind, renormalize, num_groups, top_groups, scale)
 
 
-class _TopK(torch.autograd.Function):
+class _RouteTopK(torch.autograd.Function):
     """Top-K by the kernels: keeps logits and ids for the backward."""
 
     @staticmethod
@@ -118,7 +118,7 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return once("route_topk", _TopK._gradients, ctx, dscores)
+        return once("route_topk", _RouteTopK._gradients, ctx, dscores)
 
     @staticmethod
     def _gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
