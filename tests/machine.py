@@ -7,7 +7,7 @@ not be is an AssertionError, and what never ends a Deadlock.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -77,9 +77,7 @@ class Machine:
         )  # (what, part) -> content, None in flight
         self.readers: dict[Stage, int] = defaultdict(int)  # products that read a stage
         self.stores: dict[Stage, int] = defaultdict(int)  # likewise copies to global memory
-        self.written: dict[Any, dict[int, int]] = defaultdict(
-            lambda: defaultdict(int)
-        )  # stage, what it brought -> warp -> quarters
+        self.written: dict[Any, Counter[int]] = defaultdict(Counter)  # stage, what it brought -> warp -> quarters
         self.unfenced: dict[int, set[Stage]] = defaultdict(set)  # thread -> stages that it has written
         self.storing: dict[int, deque[Stage]] = defaultdict(deque)  # thread -> those under way
         self.copies: dict[int, int] = defaultdict(int)  # thread -> cp.async copies under way

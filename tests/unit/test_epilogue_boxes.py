@@ -26,7 +26,7 @@ from sonicmoe.cute_kernels.epilogue.driver import Buffers
 from sonicmoe.cute_kernels.epilogue.store import StoreRows, StoreWeight
 from sonicmoe.cute_kernels.groups import Tile
 
-WARPS, TILES = 4, 4
+WARPS, TILES, FIRST_BLOCK = 4, 4, 1
 AS_WRITTEN = compiled_methods(BoxEpilogue)
 
 
@@ -120,11 +120,12 @@ def run(emulate: Callable[[Warpgroup], None], epilogue: BoxEpilogue, seed: int, 
     form = type(epilogue)
 
     class Told(form):  # type: ignore[misc, valid-type]
-        def values(self, held: Any, store: int, q: int) -> list[Any]:
-            return [(held.tile(), store, q)] * 4
+        def values(self, held: Any, subtile: int, out: int, q: int) -> list[Any]:
+            return [(held.tile(), subtile * self.outs + out, q)] * 4
 
-        def target(self, args: Any, tile: int, first_block: int, store: int) -> Any:
-            return (tile, store), None, tile not in past
+        def target(self, args: Any, tile: int, block: int, nb: int, out: int) -> Any:
+            subtile = (block - FIRST_BLOCK) * self.subtiles + nb
+            return (tile, subtile * self.outs + out), None, tile not in past
 
     told = Told(*(getattr(epilogue, name) for name in epilogue.__dataclass_fields__))
 
@@ -132,14 +133,14 @@ def run(emulate: Callable[[Warpgroup], None], epilogue: BoxEpilogue, seed: int, 
         lane = SimpleNamespace(warp=warp, consumer=0, matrix_address=lambda address, q, transpose: (address, q))
         nothing = SimpleNamespace(there=lambda: False)
         for index in range(len(told.pieces)):
-            told.piece(None, nothing, None, lane, 0, index)
+            told.piece(None, nothing, None, lane, FIRST_BLOCK, index)
         for tile in range(TILES):
             held = SimpleNamespace(there=lambda: True, tile=lambda t=tile: t)
             if told.deferred:
                 for index in range(len(told.pieces)):
-                    told.piece(None, held, None, lane, 0, index)
+                    told.piece(None, held, None, lane, FIRST_BLOCK, index)
             else:
-                told.finish(None, None, None, None, None, tile, lane, 0, None)
+                told.finish(None, None, None, None, None, tile, lane, FIRST_BLOCK, None)
         told.drain(lane)
 
     group.lockstep.run([lambda warp=warp: body(warp) for warp in range(WARPS)])
@@ -220,7 +221,7 @@ def test_what_a_stored_box_is_made_of(
         for q in range(4):
             h = [(int(of[1:]), q, i) for i in range(4)] if isinstance(of, str) else None
             a = [tuple((box, q, i) for box in of) for i in range(4)]
-            assert epilogue.values(held, store, q) == (h or a)
+            assert epilogue.values(held, *divmod(store, epilogue.outs), q) == (h or a)
 
 
 def test_a_store_too_many_under_way_is_noticed(emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:

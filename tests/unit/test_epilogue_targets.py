@@ -53,15 +53,15 @@ def test_rows(row: int, rows: int, n: int, first_block: int) -> None:
     form = Activation("swiglu"), 128, 4096, False
     up, without_h = (ActStore(None, 2, 2, 2, True, *form, keep_h) for keep_h in (True, False))
     down = DActReduce(None, 0, 1, 4, *RING, Activation("swiglu"), 256, 4096)
-    for subtile, (mb, nb) in enumerate(itertools.product((0, 1), (0, 1))):
+    for mb, nb in itertools.product((0, 1), (0, 1)):
         expected = partial(box_of, at, 64 * (first_block + mb), nb)
-        found = [up.target(ARGS, at, first_block, 3 * subtile + out) for out in range(3)]
+        found = [up.target(ARGS, at, first_block + mb, nb, out) for out in range(3)]
         assert list(map(seen, found)) == [expected("h", 128), expected("h", 128, 1), expected("a", 128)]
-        assert seen(without_h.target(ARGS, at, first_block, subtile)) == expected("a", 128)
+        assert seen(without_h.target(ARGS, at, first_block + mb, nb, 0)) == expected("a", 128)
         found = down.targets(ARGS, at, first_block + mb, nb)
         assert list(map(seen, found)) == [expected("dh", 256), expected("dh", 256, 1), expected("a_s", 256)]
         rows_of_192 = StoreRows(None, 1, 2, 3, True, 192, 4096)
-        assert seen(rows_of_192.target(ARGS, at, first_block, 3 * mb + nb)) == expected("target", 192)
+        assert seen(rows_of_192.target(ARGS, at, first_block + mb, nb, 0)) == expected("target", 192)
 
 
 @pytest.mark.parametrize("first_block", [0, 1])
@@ -70,8 +70,8 @@ def test_weights(first_block: int) -> None:
         at = tile(0, 100, n, m, half, group)
         row, column = 128 * m + 64 * first_block, 256 * n + 64 * nb
         form = (None, 2, 1, 4, True, 128, 256, 2, False)
-        assert StoreWeight(*form).target(ARGS, at, first_block, nb) == ("target", (row, column, half, group), True)
-        transposed = StoreWeightTransposed(*form).target(ARGS, at, first_block, nb)
+        assert StoreWeight(*form).target(ARGS, at, first_block, nb, 0) == ("target", (row, column, half, group), True)
+        transposed = StoreWeightTransposed(*form).target(ARGS, at, first_block, nb, 0)
         assert transposed == ("target", (column, row, half, group), True)
 
 

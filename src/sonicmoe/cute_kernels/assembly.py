@@ -103,7 +103,7 @@ def epilogue(spec: GemmSpec):
     columns = tile.tile_n // (spec.halves if spec.variant == "up_proj" else 1)
     dtype, blocks, subtiles = DTYPES[spec.dtype], tile.warpgroup_rows // 64, columns // 64
     base = (dtype, tile.buffers, blocks, subtiles)
-    by_boxes = (*base, tile.schedule == "cooperative")
+    by_boxes = (*base, SCHEDULES[tile.schedule].defers)
     if spec.variant == "up_proj":
         return ActStore(*by_boxes, spec.act, tile.tile_n // spec.halves, spec.n, spec.interleaved, spec.keep_h)
     if spec.variant == "down_dgrad":

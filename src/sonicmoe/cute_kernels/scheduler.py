@@ -24,6 +24,7 @@ class Cooperative:
     stage_readers = CONSUMERS  # warpgroups that read a stage
     teams = 1  # of warpgroups, which take the CTA's tiles in turns
     splits = True  # half a tile takes less time: the other warpgroup has nothing to do
+    defers = True  # epilogues: nobody would multiply meanwhile
 
     def blocks(self, tile_m: int) -> int:
         """64-row blocks of a warpgroup"""
@@ -52,6 +53,7 @@ class PingPong:
     stage_readers = 1
     teams = CONSUMERS
     splits = False
+    defers = False
 
     def blocks(self, tile_m: int) -> int:
         return tile_m // 64

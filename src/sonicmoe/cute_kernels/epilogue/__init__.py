@@ -1,1 +1,1 @@
-"""What happens to the accumulators: one class each, over one driver that owns barriers, fences and TMA stores."""
+"""What happens to the accumulators: one class each, over one of two ways to hand results out (base.py, ring.py)."""

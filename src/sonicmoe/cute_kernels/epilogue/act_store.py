@@ -41,12 +41,8 @@ class ActStore(BoxEpilogue):
 
     @property
     def outs(self) -> int:
-        """Boxes stored of a sub-tile: h, and a as the last one"""
+        """Those of h, and a as the last one"""
         return 1 + (self.halves if self.keep_h else 0)
-
-    @property
-    def stores(self) -> int:
-        return self.blocks * self.subtiles * self.outs
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -81,8 +77,7 @@ class ActStore(BoxEpilogue):
         mb, nb = divmod(subtile, self.subtiles)
         return packed(self.dtype, accumulators[mb], nb, q, biases[half], half * (self.half_columns // 8))
 
-    def values(self, held, store: int, q: int) -> list[Int32]:
-        subtile, out = divmod(store, self.outs)
+    def values(self, held, subtile: int, out: int, q: int) -> list[Int32]:
         h = [held.quarter(subtile * self.halves + half, q) for half in range(self.halves)]
         return h[out] if out < self.outs - 1 else [self.activation(of_halves) for of_halves in zip(*h, strict=True)]
 
@@ -92,10 +87,8 @@ class ActStore(BoxEpilogue):
         lo, hi = (math.forward(self.act, self.dtype is BFloat16, tuple(p[i] for p in pairs)) for i in range(2))
         return pack(self.dtype, lo, hi)
 
-    def target(self, args: ActStoreArgs, tile: Tile, first_block, store: int):
-        subtile, out = divmod(store, self.outs)
-        mb, nb = divmod(subtile, self.subtiles)
-        block, column = first_block + mb, tile.n * self.half_columns + nb * BOX
+    def target(self, args: ActStoreArgs, tile: Tile, block, nb: int, out: int):
+        column = tile.n * self.half_columns + nb * BOX
         if out < self.outs - 1:
             return box_of_rows(args.h, tile, block, column, out)
         return box_of_rows(args.a, tile, block, column)

@@ -24,7 +24,7 @@ class Epilogue:
     """What is the same for one that does everything at a tile's end, and nothing in the ring.
 
     Beside it the skeleton asks for `dtype` and `buffer_elements`, `describe` (host: what the kernel receives), `open`
-    (a tile's state, before its products) and `finish`.
+    (a tile's state, before its products) and `finish`; for `piece`, if there are any.
     """
 
     ring_steps = 0  # steps of the ring, after a tile's k steps, that the epilogue works in
@@ -37,9 +37,6 @@ class Epilogue:
 
     def nothing(self):
         """What is held before the first tile"""
-
-    def piece(self, args, held, smem: cute.Pointer, lane: Lane, first_block, index: int):
-        """Piece `index` of what is held, if anything is."""
 
     def drain(self, lane: Lane):
         """All stores of this thread have read shared memory: it may go away."""
@@ -90,7 +87,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class BoxEpilogue(Epilogue):
-    """Subclasses give `open`, `target` and, if more is stored than is held, `pack`, `boxes`, `stores` and `values`.
+    """Subclasses give `open`, `target` and, if more is stored than is held, `outs`, `boxes`, `pack` and `values`.
 
     Deferred, a warpgroup at a tile's end only rounds its accumulators, to half as many registers, and goes on to the
     next tile; beside each of its first k steps, while the products are under way, it stores a piece. Where the
@@ -104,6 +101,7 @@ class BoxEpilogue(Epilogue):
     deferred: bool
 
     transpose = False  # buffers hold the tile's columns as rows
+    outs = 1  # boxes stored of a sub-tile
 
     @property
     def boxes(self) -> int:
@@ -113,7 +111,7 @@ class BoxEpilogue(Epilogue):
     @property
     def stores(self) -> int:
         """Boxes stored of a tile"""
-        return self.boxes
+        return self.blocks * self.subtiles * self.outs
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -162,7 +160,7 @@ class BoxEpilogue(Epilogue):
     @cute.jit
     def put(self, args, held, smem: cute.Pointer, lane: Lane, first_block, piece: cutlass.Constexpr):
         """Quarters of a box into its buffer; with the last one the box is on its way to global memory."""
-        buffers = self.buffers
+        buffers, (subtile, out) = self.buffers, divmod(piece.store, self.outs)
         place = Place(smem, buffers.layout(), lane.consumer * self.buffer_count + buffers.index(piece.store))
         if cutlass.const_expr(piece.first == 0):
             if lane.warp == 0:
@@ -170,11 +168,12 @@ class BoxEpilogue(Epilogue):
             barrier(lane.consumer)
         for q in cutlass.range_constexpr(piece.first, piece.end):
             to = lane.matrix_address(place.address(), q, self.transpose)
-            stmatrix_x4(to, self.values(held, piece.store, q), self.transpose)
+            stmatrix_x4(to, self.values(held, subtile, out, q), self.transpose)
         if cutlass.const_expr(piece.end == QUARTERS):
             cute.arch.fence_proxy("async.shared", space="cta")
             barrier(lane.consumer)
-            target, start, inside = self.target(args, held.tile(), first_block, piece.store)
+            mb, nb = divmod(subtile, self.subtiles)
+            target, start, inside = self.target(args, held.tile(), first_block + mb, nb, out)
             if lane.warp == 0:
                 if inside:
                     store_box(target, place, start)
@@ -185,9 +184,9 @@ class BoxEpilogue(Epilogue):
         mb, nb = divmod(box, self.subtiles)
         return packed(self.dtype, accumulators[mb], nb, q, bias)
 
-    def values(self, held, store: int, q: int) -> list[Int32]:
+    def values(self, held, subtile: int, out: int, q: int) -> list[Int32]:
         """A quarter of a stored box, likewise"""
-        return held.quarter(store, q)
+        return held.quarter(subtile, q)
 
 
 def box_of_rows(target: TmaTensor, tile: Tile, block: Int32, column: Int32, half: int = 0):

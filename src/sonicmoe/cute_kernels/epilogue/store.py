@@ -30,9 +30,8 @@ class StoreRows(BoxEpilogue):
     def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block):
         return column_bias(args.bias, tile.group, tile.n * self.columns, lane, self.n)
 
-    def target(self, args: StoreArgs, tile: Tile, first_block, store: int):
-        mb, nb = divmod(store, self.subtiles)
-        return box_of_rows(args.target, tile, first_block + mb, tile.n * self.columns + nb * BOX)
+    def target(self, args: StoreArgs, tile: Tile, block, nb: int, out: int):
+        return box_of_rows(args.target, tile, block, tile.n * self.columns + nb * BOX)
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,8 @@ class StoreWeight(BoxEpilogue):
     def open(self, args: StoreArgs, tile: Tile, lane: Lane, first_block):
         return no_bias
 
-    def target(self, args: StoreArgs, tile: Tile, first_block, store: int):
-        mb, nb = divmod(store, self.subtiles)
-        row = tile.m * self.rows + (first_block + mb) * BOX
+    def target(self, args: StoreArgs, tile: Tile, block, nb: int, out: int):
+        row = tile.m * self.rows + block * BOX
         column = tile.n * self.columns + nb * BOX
         start = (column, row) if self.transpose else (row, column)
         return args.target, start + (tile.half, tile.group), True
