@@ -1,14 +1,18 @@
 """How anything here is timed. Imports torch alone, so that another environment's Python can load it by its path.
 
-All cases of a measurement run in one process and in turns: every repeat times each case once, in an order drawn anew.
-Before each timed call the L2 cache is flushed by writing a buffer larger than twice its size, in the stream and outside
-the timing. On a GPU the times are those of the device: a short spin lets the queue fill before the calls are timed, so
-that launch gaps are not. Repeats begin after seconds under load, when power has settled the clocks.
+All cases of a measurement run in one process and in turns, in an order drawn anew each round. Before each timed call
+the L2 cache is flushed by writing a buffer larger than twice its size, in the stream and outside the timing. On a GPU
+the times are those of the device: the queue is filled before the calls are timed, so that launch gaps are not.
+
+Power settles the clocks only after some 100 ms, and a layer that draws the power limit runs up to a sixth faster after
+something that does not. So kernels, which are short, are timed in the company of all others, after seconds under load;
+layers behind calls of their own, several in a turn, as a training step follows another.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 TOTAL = "total"
+TURN = 5  # timed calls of a turn, where the state is "settled"
 
 
 class Times(NamedTuple):
@@ -42,6 +47,8 @@ def percentiles(samples: list[float]) -> Times:
 
 
 class Clock(Protocol):
+    settles: bool  # whether calls run at another speed after some of them than at first
+
     def mark(self) -> Any: ...
     def elapsed_ms(self, start: Any, end: Any) -> float: ...
     def flush(self) -> None: ...
@@ -51,6 +58,8 @@ class Clock(Protocol):
 
 class CudaClock:
     """Events in the current stream."""
+
+    settles = True
 
     def __init__(self, device: str = "cuda") -> None:
         properties = torch.cuda.get_device_properties(device)
@@ -80,6 +89,7 @@ class CudaClock:
 class HostClock:
     """Wall time, for a CPU."""
 
+    settles = False
     name = "host time"
 
     def mark(self) -> float:
@@ -104,13 +114,21 @@ def clock_of(device: str) -> CudaClock | HostClock:
 
 @dataclass(frozen=True)
 class Settings:
-    """repeats: timed rounds. warm_seconds: of load before them. spin: "round", one spin before a round of short kernels
-    that follow each other closely; "call", one before each call, for cases that may synchronise; "none", none, and each
-    call starts when the device is idle: the time then includes what the host does not hide."""
+    """How often, and in what state of the device a call is timed.
+
+    repeats         timed calls of each case
+    warm_seconds    of load by all cases before the first
+    state           "busy": each round times each case once, behind one spin, for short kernels that follow each other
+                    closely; "settled": in turns of TURN calls behind calls of its own, for cases that may synchronise;
+                    "idle": each call starts when the device is idle, so what the host does not hide counts
+    settle_seconds  of a turn's own calls before those that are timed
+    max_spin        seconds
+    """
 
     repeats: int = 20
     warm_seconds: float = 1.0
-    spin: str = "round"
+    state: str = "busy"
+    settle_seconds: float = 0.2
     max_spin: float = 0.02
 
 
@@ -131,7 +149,6 @@ class Samples:
 
     ms: dict[str, list[float]] = field(default_factory=dict)
     first_s: float = 0.0
-    issue_s: list[float] = field(default_factory=list)
 
     def times(self, lap: str = TOTAL) -> Times:
         return percentiles(self.ms[lap])
@@ -142,13 +159,33 @@ def simple(call: Callable[[], object]) -> Case:
     return Case(lambda lap: call())
 
 
+def untimed() -> None:
+    """The lap of calls that are not timed."""
+
+
 def first_call(case: Case, clock: Clock) -> Samples:
     """Run a case once, to the end: it compiles and tunes here, outside every timing."""
     clock.synchronize()
     start = time.perf_counter()
-    case.run(lambda: None)
+    case.run(untimed)
     clock.synchronize()
     return Samples(first_s=time.perf_counter() - start)
+
+
+class _Pace(NamedTuple):
+    """Seconds that the host takes to issue a call, and until it is done."""
+
+    issue: float
+    whole: float
+
+
+def _pace(case: Case, clock: Clock) -> _Pace:
+    clock.synchronize()
+    start = time.perf_counter()
+    case.run(untimed)
+    issued = time.perf_counter()
+    clock.synchronize()
+    return _Pace(issued - start, time.perf_counter() - start)
 
 
 class _Round:
@@ -173,18 +210,22 @@ class _Round:
                     ms.setdefault(lap, []).append(self._clock.elapsed_ms(start, end))
 
 
-def _warm_up(cases: Mapping[str, Case], clock: Clock, settings: Settings, results: dict[str, Samples]) -> None:
-    """Seconds of load; notes how long the host takes to issue each case."""
-    end = time.perf_counter() + settings.warm_seconds
-    rounds = 0
-    while rounds < 2 or time.perf_counter() < end:
-        for name, case in cases.items():
-            start = time.perf_counter()
-            case.run(lambda: None)
-            results[name].issue_s.append(time.perf_counter() - start)
+def _warm_up(cases: Mapping[str, Case], clock: Clock, seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for case in cases.values():
+            case.run(untimed)
             clock.flush()
         clock.synchronize()
-        rounds += 1
+
+
+def _settle(case: Case, clock: Clock, pace: _Pace, settings: Settings) -> float:
+    """Run a case for settle_seconds. Returns how long the device has to spin before each call that is timed."""
+    calls = math.ceil(settings.settle_seconds / max(pace.whole, 1e-6)) if clock.settles else 0
+    for _ in range(calls):
+        case.run(untimed)
+    ahead = calls > 0 and pace.whole > 1.2 * pace.issue  # the host, by the calls just made
+    return 0.0 if ahead else min(1.3 * pace.issue + 1e-4, settings.max_spin)
 
 
 def measure(
@@ -197,27 +238,32 @@ def measure(
     results = {name: first_call(case, clock) for name, case in cases.items()}
     if not cases:
         return results
-    _warm_up(cases, clock, settings, results)
-    issue = {name: percentiles(samples.issue_s).p50 for name, samples in results.items()}
+    paces = {name: _pace(case, clock) for name, case in cases.items()}
+    _warm_up(cases, clock, settings.warm_seconds)
     names, draw = list(cases), random.Random(0)
+    in_a_turn = TURN if settings.state == "settled" else 1
     gc.collect()
-    for _ in range(settings.repeats):
+    for done in range(0, settings.repeats, in_a_turn):
+        calls = min(in_a_turn, settings.repeats - done)
         # Not one that rotates: each case would follow the same other one, and inherit its heat, every time.
         order = draw.sample(names, len(names))
         timed = _Round(clock)
         clock.synchronize()
-        if settings.spin == "round":
-            clock.spin(min(1.2 * sum(issue.values()) + 1e-4, settings.max_spin))
+        if settings.state == "busy":
+            clock.spin(min(1.2 * sum(pace.issue for pace in paces.values()) + 1e-4, settings.max_spin))
         for name in order:
-            clock.flush()
-            if settings.spin == "call":
-                clock.spin(min(1.3 * issue[name] + 1e-4, settings.max_spin))
-            elif settings.spin == "none":
-                clock.synchronize()
-            timed.time(name, cases[name])
+            spin = _settle(cases[name], clock, paces[name], settings) if settings.state == "settled" else 0.0
+            for _ in range(calls):
+                clock.flush()
+                if spin:
+                    clock.spin(spin)
+                elif settings.state == "idle":
+                    clock.synchronize()
+                timed.time(name, cases[name])
         clock.synchronize()
         timed.read(cases, results)
-        progress()
+        for _ in range(calls):
+            progress()
     return results
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     allowed = check.tolerance(dtype, rounded_steps=3)
     if not error <= allowed:
         raise SystemExit(f"its output is wrong: relative error {error:.2e}, allowed {allowed:.1e}")
-    settings = protocol.Settings(request["repeats"], request["warm_seconds"], spin="call")
+    settings = protocol.Settings(request["repeats"], request["warm_seconds"], state="settled")
     samples = protocol.measure({"layer": case}, clock, settings)["layer"]
     laps = {"forward": "forward", "backward": "backward", "both": protocol.TOTAL}
     times = {name: samples.times(lap) for name, lap in laps.items()}

@@ -16,7 +16,7 @@ import torch
 from perf import layers, roofline, tables
 from perf.ledger import Row
 from perf.problem import Form, Problem
-from perf.protocol import TOTAL, Case, Clock, measure, percentiles, simple
+from perf.protocol import TOTAL, Case, Clock, measure, percentiles, simple, untimed
 from perf.session import Options, Session, time_cells
 from perf.shapes import Shape
 from sonicmoe import ops
@@ -33,7 +33,7 @@ class Marks:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._pairs: list[tuple[str, Any, Any]] = []
-        self.calls: list[list[tuple[str, Any, Any]]] = []
+        self._calls: list[list[tuple[str, Any, Any]]] = []
 
     def wrap(self, part: str, op: Callable[..., Any]) -> Callable[..., Any]:
         def marked(*arguments: Any) -> Any:
@@ -44,13 +44,14 @@ class Marks:
 
         return marked
 
-    def end_of_call(self) -> None:
-        self.calls.append(self._pairs)
+    def end_of_call(self, timed: bool) -> None:
+        if timed:
+            self._calls.append(self._pairs)
         self._pairs = []
 
-    def ms(self, calls: int) -> list[dict[str, float]]:
-        """Milliseconds by part of each of the last calls; after a synchronisation."""
-        return [{part: self._clock.elapsed_ms(start, end) for part, start, end in call} for call in self.calls[-calls:]]
+    def ms(self) -> list[dict[str, float]]:
+        """Milliseconds by part of each timed call; after a synchronisation."""
+        return [{part: self._clock.elapsed_ms(start, end) for part, start, end in call} for call in self._calls]
 
 
 @contextlib.contextmanager
@@ -85,15 +86,15 @@ def _run(session: Session, shape: Shape, form: Form, routing: str) -> None:
 
     def training(lap: Callable[[], None]) -> object:
         result = torch.autograd.grad(layer.forward(), layer.leaves, problem.do)
-        marks.end_of_call()
+        marks.end_of_call(timed=lap is not untimed)
         return result
 
     cases = {LAYER: Case(training), PRODUCTS: _router_products(problem)}
-    settings = dataclasses.replace(session.settings, spin="call")
+    settings = dataclasses.replace(session.settings, state="settled")
     with marked_ops(marks), session.bar(settings.repeats, f"{shape.name} breakdown") as bar:
         results = measure(cases, session.clock, settings, bar.update)
     samples = {LAYER: results[LAYER].ms[TOTAL], PRODUCTS: results[PRODUCTS].ms[TOTAL]}
-    inside = marks.ms(settings.repeats)
+    inside = marks.ms()
     for part in roofline.PARTS:
         samples[part] = [call[part] for call in inside]
     samples[REST] = [

@@ -62,6 +62,12 @@ def _calls(layer: Layer, problem: Problem) -> dict[str, Callable[[], object]]:
     }
 
 
+def linear(problem: Problem) -> Layer:
+    """One product under autograd, for scale: what this host takes where there is next to nothing to issue."""
+    weight = torch.nn.Parameter(problem.normal(problem.shape.H, problem.shape.H))
+    return Layer(lambda: torch.nn.functional.linear(problem.x, weight), [problem.x, weight], None)
+
+
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """The replay of a call in a CUDA graph."""
     call()
@@ -72,11 +78,12 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
-    """sonicmoe's forward launches, sonicmoe.MoE, and the peers."""
+    """sonicmoe's forward launches, sonicmoe.MoE, the peers, and a single linear layer."""
     problem = Problem(shape, form)
     options = available(session, problem, options)
     found: dict[tuple[str, str], Layer | Exception] = {("sonicmoe.MoE", "topk"): layers.module(problem, "topk")}
     found |= built(problem, options)
+    found["torch.nn.Linear", "topk"] = linear(problem)
     work = {("sonicmoe", "topk", "host-launches"): launches(problem)}
     for (name, routing), layer in found.items():
         if isinstance(layer, Exception):

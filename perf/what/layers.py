@@ -14,7 +14,7 @@ from perf.layers import Layer
 from perf.ledger import Row
 from perf.peers.cublas import Cublas
 from perf.problem import Form, Problem
-from perf.protocol import TOTAL, Case, Samples, measure
+from perf.protocol import TOTAL, Case, Samples, Settings, measure
 from perf.session import Options, Session, brief, time_cells
 from perf.shapes import Shape
 
@@ -25,7 +25,7 @@ LAPS = {
     "inference": {"inference": TOTAL},
 }
 TRAINING = ("backward", "both")
-IDLE = "-from-idle"  # of a variant's name: no spin, host time counts
+IDLE = "-from-idle"  # of a variant's name: host time counts
 HEADER = ("layer", "routing", "variant", "ms p50", "p20", "p80", "TFLOP/s", "of cublas", "of floor", "error", "setup s")
 
 
@@ -133,18 +133,23 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
         entries["cublas topk"] = Entry("cublas", "topk", case, shape.rows, None, None)
     if not entries:
         return
-    settings = dataclasses.replace(session.settings, spin="none" if options.from_idle else "call")
+    settings = dataclasses.replace(session.settings, state="idle" if options.from_idle else "settled")
     with session.bar(settings.repeats, f"{shape.name} {options.what}") as bar:
         cases = {name: entry.case for name, entry in entries.items()}
         results = measure(cases, session.clock, settings, bar.update)
-    rows = _rows(session, problem, options, entries, results)
+    rows = _rows(session, problem, options, settings, entries, results)
     rows += _outside(session, problem, options)
     session.emit(rows)
     session.say(_table(shape, form, options, rows))
 
 
 def _rows(
-    session: Session, problem: Problem, options: Options, entries: dict[str, Entry], results: dict[str, Samples]
+    session: Session,
+    problem: Problem,
+    options: Options,
+    settings: Settings,
+    entries: dict[str, Entry],
+    results: dict[str, Samples],
 ) -> list[Row]:
     shape, form = problem.shape, problem.form
     rows = []
@@ -176,8 +181,8 @@ def _rows(
                     router=options.router and entry.impl != "cublas",
                     error=entry.error,
                     setup_s=entry.setup_s,
-                    repeats=session.settings.repeats,
-                    protocol=f"layers interleaved, {'from an idle queue' if options.from_idle else session.clock.name}",
+                    repeats=settings.repeats,
+                    protocol=f"layers in turns, {settings.state}, {session.clock.name}",
                 )
             )
     return rows

@@ -98,7 +98,7 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
             del ours[step]
     cases = {f"sonicmoe {step}": simple(call) for step, call in ours.items()}
     cases |= {f"torch {step}": simple(call) for step, call in torch_steps(logits, chosen, shape.K).items()}
-    settings = dataclasses.replace(session.settings, spin="call")
+    settings = dataclasses.replace(session.settings, state="settled", settle_seconds=0.02)
     with session.bar(settings.repeats, f"{shape.name} router") as bar:
         results = measure(cases, session.clock, settings, bar.update)
     rows = []

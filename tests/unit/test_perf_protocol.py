@@ -8,11 +8,13 @@ from collections.abc import Callable
 import pytest
 
 from perf import protocol
-from perf.protocol import TOTAL, Case, Settings, measure, percentiles
+from perf.protocol import TOTAL, TURN, Case, Settings, measure, percentiles, untimed
 
 
 class Fake:
     """A clock that advances when the cases say so, and writes down what happens."""
+
+    settles = True
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -53,15 +55,16 @@ def test_percentiles() -> None:
     assert percentiles([5, 1, 4, 2, 3]) == pytest.approx((1.8, 3.0, 4.2))
 
 
-@pytest.mark.parametrize("spin", ["round", "call", "none"])
-def test_flush_and_spin_are_not_timed(spin: str) -> None:
+@pytest.mark.parametrize("state", ["busy", "settled", "idle"])
+def test_flush_spin_and_settling_are_not_timed(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=1e-5, whole=1e-5))
     clock = Fake()
     cases = {"a": case(clock, "a", 7.0), "b": case(clock, "b", 2.0, 3.0)}
-    results = measure(cases, clock, Settings(repeats=4, warm_seconds=0, spin=spin))
-    assert results["a"].ms == {TOTAL: [7.0] * 4}
-    assert results["b"].ms == {TOTAL: [5.0] * 4, "b0": [2.0] * 4, "b1": [3.0] * 4}
+    results = measure(cases, clock, Settings(repeats=7, warm_seconds=0, state=state, settle_seconds=1e-4))
+    assert results["a"].ms == {TOTAL: [7.0] * 7}
+    assert results["b"].ms == {TOTAL: [5.0] * 7, "b0": [2.0] * 7, "b1": [3.0] * 7}
     assert results["b"].times("b1") == (3.0, 3.0, 3.0)
-    assert clock.log.count("spin") == {"round": 4, "call": 8, "none": 0}[spin]
+    assert clock.log.count("spin") == {"busy": 7, "settled": 14, "idle": 0}[state]
 
 
 def test_cases_take_turns_and_each_is_flushed_before() -> None:
@@ -83,6 +86,39 @@ def test_cases_take_turns_and_each_is_flushed_before() -> None:
         if entry in "abc":
             assert timed[position - 2 : position] == ["flush", "mark"]
             assert timed[position + 1] == "mark"
+
+
+@pytest.mark.parametrize("settles", [True, False])
+def test_a_settled_turn_is_behind_calls_of_its_own(settles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.5, whole=2.0))
+    clock, done = Fake(), []
+    clock.settles = settles
+    cases = {name: case(clock, name, 1.0) for name in "ab"}
+    settings = Settings(repeats=TURN + 2, warm_seconds=0, state="settled", settle_seconds=5.0)
+    results = measure(cases, clock, settings, lambda: done.append(1))
+    assert len(done) == TURN + 2 and all(len(samples.ms[TOTAL]) == TURN + 2 for samples in results.values())
+    # three calls of 2 s are at least 5 s; behind them the host is ahead, so nothing spins
+    own, before = (3, []) if settles else (0, ["spin"])
+    entries = [entry for entry in clock.log if entry != "sync"][2:]  # without the first calls
+    expected = []
+    for calls in (TURN, 2):
+        for name in sorted("ab", key=entries[len(expected) :].index):
+            expected += [name] * own + ["flush", *before, "mark", name, "mark"] * calls
+    assert entries == expected
+
+
+def test_the_device_waits_for_a_slow_host_also_when_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.9, whole=1.0))
+    clock = Fake()
+    measure({"a": case(clock, "a", 1.0)}, clock, Settings(repeats=3, warm_seconds=0, state="settled"))
+    timed = [entry for entry in clock.log if entry != "sync"][-15:]
+    assert timed == ["flush", "spin", "mark", "a", "mark"] * 3
+
+
+def test_calls_that_are_not_timed_can_be_told() -> None:
+    clock, laps = Fake(), []
+    measure({"a": Case(laps.append)}, clock, Settings(repeats=3, warm_seconds=0, state="settled", settle_seconds=1e-9))
+    assert len([lap for lap in laps if lap is not untimed]) == 3 and untimed in laps
 
 
 def test_first_call_is_outside_the_timing() -> None:
