@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .grouped_gemm import GroupedGemm
 
 ARCH = "sm_90a"
-# How a GEMM whose groups have a large B spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md, -deferred.md).
+# How a GEMM spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md, 2026-11-29-settled.md).
 BAND, BANDED_BYTES = 16, 8 << 20  # n tiles of a band, at most; of groups with a B larger than this
-PACED_K, PACED_BYTES = 4096, 16 << 20  # one pace: from this k on, likewise
+PACED_K = 2560  # one pace: from this k on
 
 
 def outputs(variant: str, halves: int, keep_h: bool = True) -> int:
@@ -86,7 +86,7 @@ class GemmSpec:
     def paced(self) -> bool:
         """Whether CTAs keep to one pace (pace.py)"""
         k = self.k * (self.halves if self.variant == "up_dgrad" else 1)
-        return k >= PACED_K and self._group_bytes > PACED_BYTES
+        return k >= PACED_K and "wgrad" not in self.variant
 
     @property
     def part_columns(self) -> int:
