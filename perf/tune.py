@@ -230,7 +230,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     work = untuned(named, form, arguments.variant)
     clock, table, start = clock_of(device), read(path), time.perf_counter()
     wrong: list[str] = []
-    settings = Settings(arguments.repeats, arguments.warm_seconds, max_spin=0.1)
+    settings = Settings(arguments.repeats, arguments.warm_seconds, state="settled")
     context = multiprocessing.get_context("spawn")  # the DSL's state does not survive a fork
     with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         pending: dict[Shape, list[Future[None]]] = {

@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     form = Form(dtype=arguments.dtype, device=device, backend="cute")
     trees = list(dict.fromkeys(map(str, arguments.tree)))
     gpu, lines, failed = gpu_key(torch.cuda.get_device_name(device)), [], []
-    settings = Settings(arguments.repeats, arguments.warm_seconds, max_spin=0.1)
+    settings = Settings(arguments.repeats, arguments.warm_seconds, state="settled")
     names = arguments.shape or ([] if arguments.thiek else ["7b"])
     for shape in shapes.named(names) + [shapes.parse_thiek(text) for text in arguments.thiek]:
         wanted = gemms(shape, form, arguments.kernel)

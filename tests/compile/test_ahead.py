@@ -145,7 +145,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(kernels, "_functions", {})
     monkeypatch.setattr(cache, "function_of", recorder)
     monkeypatch.setattr(layer, "_kinds", {})
-    for found_before in (_gemm.spec_of, _gemm._kernel, _cute._kernel, layer_kernels.compile_layer):
+    for found_before in (_gemm._spec, _gemm._kernel, _cute._kernel, layer_kernels.compile_layer):
         found_before.cache_clear()
     return found
 

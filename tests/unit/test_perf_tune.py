@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def test_specs_are_those_that_the_ops_launch(activation: str, monkeypatch: pytes
     monkeypatch.setattr(_gemm.jit, "kernel", kernel)
     monkeypatch.setattr(_gemm, "processors", lambda device: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "")
-    _gemm._forget()
+    for name, value in (("_spec", _gemm._spec), ("_kernel", _gemm._kernel)):
+        monkeypatch.setattr(_gemm, name, functools.cache(value.__wrapped__))
     form = dataclasses.replace(CPU, activation=activation, backend="cute")
     # The inputs are made by the torch backend: nothing is launched here.
     i = kernels.inputs(SHAPE, dataclasses.replace(form, backend="torch"), "topk")._replace(form=form)
@@ -44,7 +46,6 @@ def test_specs_are_those_that_the_ops_launch(activation: str, monkeypatch: pytes
         asked.clear()
         call()
         assert asked == [specs[name]], name
-    _gemm._forget()
 
 
 def test_the_fastest_is_taken_but_not_for_noise() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,16 +58,18 @@ def test_what_cannot_be_compiled_is_told(trees: tuple[Path, Path], tmp_path: Pat
 
 
 def test_a_replaced_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    for name, value in (("_spec", _gemm._spec), ("_kernel", _gemm._kernel)):
+        monkeypatch.setattr(_gemm, name, functools.cache(value.__wrapped__))
+    monkeypatch.setattr(_gemm, "processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(_gemm.jit, "kernel", lambda spec: f"own {spec.variant}")
-    what = (4, 64, 64, "bf16")
-    _gemm._forget()
-    with _gemm.replaced("down_proj", print):
-        assert _gemm._kernel(0, "down_proj", *what) == (print, False, 132)
-        assert _gemm._kernel(0, "up_dgrad", *what)[0] == "own up_dgrad"
-    assert _gemm._kernel(0, "down_proj", *what)[0] == "own down_proj"
-    _gemm._forget()
+    launched: list[str] = []
+    monkeypatch.setattr(_gemm.jit, "kernel", lambda spec: lambda *_: launched.append(f"own {spec.variant}"))
+    b, cu_rows = torch.empty(0).bfloat16(), torch.zeros(5, dtype=torch.int32)
+    with _gemm.replaced("down_proj", lambda *_: launched.append("another")):
+        for variant in ("down_proj", "up_dgrad"):
+            _gemm.launch(variant, (), b, (), cu_rows, 64, 64)
+    _gemm.launch("down_proj", (), b, (), cu_rows, 64, 64)
+    assert launched == ["another", "own up_dgrad", "own down_proj"]
 
 
 def test_shares_and_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:

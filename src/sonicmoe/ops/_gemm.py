@@ -37,17 +37,10 @@ def replaced(variant: str, kernel: Callable[..., None]) -> AbstractContextManage
 @contextlib.contextmanager
 def _holding(table: dict[str, Any], variant: str, entry: Any) -> Iterator[None]:
     table[variant] = entry
-    _forget()
     try:
         yield
     finally:
         del table[variant]
-        _forget()
-
-
-def _forget() -> None:
-    spec_of.cache_clear()
-    _kernel.cache_clear()
 
 
 @cache
@@ -56,8 +49,17 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def spec_of(device: int | None, variant: str, groups: int, n: int, k: int, dtype: str, *what: Any) -> GemmSpec:
+    """The spec of a GEMM on a device; n and k are those of one half, what: those of `_spec` from `activation` on.
+
+    Raises InvalidArgument.
+    """
+    return _spec(_forced.get(variant), device, variant, groups, n, k, dtype, *what)
+
+
 @cache
-def spec_of(
+def _spec(
+    tile: TileConfig | None,
     device: int | None,
     variant: str,
     groups: int,
@@ -70,22 +72,24 @@ def spec_of(
     bias: bool = False,
     keep_h: bool = True,
 ) -> GemmSpec:
-    """The spec of a GEMM on a device; n and k are those of one half. Raises InvalidArgument."""
+    """tile: that is taken without asking the table."""
     act = None if activation is None else Activation.parse(activation)
     outs = outputs(variant, halves, keep_h)
     try:
         gpu = gpu_key(torch.cuda.get_device_name(device))
-        tile = _forced.get(variant) or choose(variant, groups, n, k, outs, halves, gpu)
+        tile = tile or choose(variant, groups, n, k, outs, halves, gpu)
     except ValueError as error:
         raise InvalidArgument(variant, f"E = {groups}, n = {n}, k = {k}", str(error)) from None
     return GemmSpec(variant, groups, n, k, dtype, tile, halves, interleaved, act, bias, keep_h)
 
 
 @cache
-def _kernel(device: int, *what: Any) -> tuple[Callable[..., None], bool, int]:
-    """(kernel, whether its CTAs keep to one pace, CTAs)"""
-    spec = spec_of(device, *what)
-    return _replaced.get(what[0]) or jit.kernel(spec), spec.paced, processors(device)
+def _kernel(
+    tile: TileConfig | None, other: Callable[..., None] | None, device: int, *what: Any
+) -> tuple[Callable[..., None], bool, int]:
+    """(kernel, whether its CTAs keep to one pace, CTAs); other: what is launched in its place"""
+    spec = _spec(tile, device, *what)
+    return other or jit.kernel(spec), spec.paced, processors(device)
 
 
 def check_gathered(argument: str, t: Tensor) -> None:
@@ -100,9 +104,9 @@ def launch(
 ) -> None:  # fmt: skip
     """Launch a variant on the current device and stream, but for `spare` of its SMs.
 
-    what: the arguments of `spec_of` from `activation` on.
+    what: the arguments of `_spec` from `activation` on.
     """
-    dtype = dtype_name("x", b)
-    function, paced, ctas = _kernel(b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype, *what)
+    dtype, held = dtype_name("x", b), (_forced.get(variant), _replaced.get(variant))
+    function, paced, ctas = _kernel(*held, b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype, *what)
     counter = b.new_zeros(1, dtype=torch.int32) if paced else None
     function(a, (b,), out, cu_rows, counter, ctas - spare)
