@@ -39,7 +39,7 @@ twelve() {
 }
 open() {
   ahead "olmoe qwen3-235b qwen3-next gpt-oss-20b kimi-linear" --tokens 256 --peer scattermoe
-  step 300 open --repeats 11 --peer $peers
+  step 300 open --repeats 12 --peer $peers
 }
 memory() {
   ahead "1.4b 1.4b-512 1.4b-1024 7b 7b-512 7b-1024 30b 30b-512 30b-1024 120b 120b-1024 120b-2048" --tokens 256 --no-router

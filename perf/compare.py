@@ -26,12 +26,12 @@ class Change(NamedTuple):
 def changes(before: Sequence[Row], after: Sequence[Row], impl: str = OURS) -> list[Change]:
     """What both measured, the newest row of each, in A's order. impl: "" for every implementation.
 
-    Rows of another GPU are not compared with each other, nor rows without a time.
+    Rows of another GPU or protocol are not compared with each other, nor rows without a time.
     """
 
     def timed(rows: Sequence[Row]) -> dict[tuple[object, ...], Row]:
         mine = sorted((r for r in rows if r.ms_p50 and r.impl.startswith(impl)), key=lambda r: r.date)
-        return {(r.gpu, *r.key): r for r in mine}
+        return {(r.gpu, r.protocol, *r.key): r for r in mine}
 
     old, new = timed(before), timed(after)
     both = [(old[key], new[key]) for key in old if key in new]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 TOTAL = "total"
-TURN = 5  # timed calls of a turn, where the state is "settled"
+CALLS_PER_TURN = 3  # that are timed, where the state is "settled"
 
 
 class Times(NamedTuple):
@@ -119,8 +119,9 @@ class Settings:
     repeats         timed calls of each case
     warm_seconds    of load by all cases before the first
     state           "busy": each round times each case once, behind one spin, for short kernels that follow each other
-                    closely; "settled": in turns of TURN calls behind calls of its own, for cases that may synchronise;
-                    "idle": each call starts when the device is idle, so what the host does not hide counts
+                    closely; "settled": each round times CALLS_PER_TURN calls of each case, behind more of its own, for
+                    cases that may synchronise; "idle": each call starts when the device is idle, so what the host does
+                    not hide counts
     settle_seconds  of a turn's own calls before those that are timed
     max_spin        seconds
     """
@@ -173,19 +174,31 @@ def first_call(case: Case, clock: Clock) -> Samples:
 
 
 class _Pace(NamedTuple):
-    """Seconds that the host takes to issue a call, and until it is done."""
+    """Seconds that the host takes to issue a call, and from the end of one call to that of the next."""
 
     issue: float
-    whole: float
+    period: float
+
+    @property
+    def host_is_ahead(self) -> bool:
+        """Behind some calls"""
+        return self.period > 1.2 * self.issue
 
 
 def _pace(case: Case, clock: Clock) -> _Pace:
-    clock.synchronize()
-    start = time.perf_counter()
-    case.run(untimed)
-    issued = time.perf_counter()
-    clock.synchronize()
-    return _Pace(issued - start, time.perf_counter() - start)
+    """By calls back to back: the end of a single one comes late after it is issued, and says little."""
+
+    def seconds(calls: int) -> tuple[float, float]:
+        clock.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            case.run(untimed)
+        issued = time.perf_counter()
+        clock.synchronize()
+        return issued - start, time.perf_counter() - start
+
+    (_, one), (issued, five) = seconds(1), seconds(5)
+    return _Pace(issued / 5, max(five - one, 0.0) / 4)
 
 
 class _Round:
@@ -221,11 +234,10 @@ def _warm_up(cases: Mapping[str, Case], clock: Clock, seconds: float) -> None:
 
 def _settle(case: Case, clock: Clock, pace: _Pace, settings: Settings) -> float:
     """Run a case for settle_seconds. Returns how long the device has to spin before each call that is timed."""
-    calls = math.ceil(settings.settle_seconds / max(pace.whole, 1e-6)) if clock.settles else 0
+    calls = math.ceil(settings.settle_seconds / max(pace.period, pace.issue, 1e-6)) if clock.settles else 0
     for _ in range(calls):
         case.run(untimed)
-    ahead = calls > 0 and pace.whole > 1.2 * pace.issue  # the host, by the calls just made
-    return 0.0 if ahead else min(1.3 * pace.issue + 1e-4, settings.max_spin)
+    return 0.0 if calls and pace.host_is_ahead else min(1.3 * pace.issue + 1e-4, settings.max_spin)
 
 
 def measure(
@@ -238,10 +250,10 @@ def measure(
     results = {name: first_call(case, clock) for name, case in cases.items()}
     if not cases:
         return results
-    paces = {name: _pace(case, clock) for name, case in cases.items()}
     _warm_up(cases, clock, settings.warm_seconds)
+    paces = {name: _pace(case, clock) for name, case in cases.items()}
     names, draw = list(cases), random.Random(0)
-    in_a_turn = TURN if settings.state == "settled" else 1
+    in_a_turn = CALLS_PER_TURN if settings.state == "settled" else 1
     gc.collect()
     for done in range(0, settings.repeats, in_a_turn):
         calls = min(in_a_turn, settings.repeats - done)

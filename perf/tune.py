@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--variant", nargs="+", default=[], choices=roofline.GEMMS, help="only these")
     p.add_argument("--activation", default="swiglu")
     p.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    p.add_argument("--repeats", type=int, default=10)
+    p.add_argument("--repeats", type=int, default=12)
     p.add_argument("--warm-seconds", type=float, default=0.5)
     p.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that compile")
     p.add_argument("--out", type=Path, help="the table; default: this GPU's in the package")

@@ -5,8 +5,9 @@
 
 For those who change kernels: between two runs clocks and temperature differ by more than most changes are worth. Each
 tree compiles its own kernels, with the tile configurations that it chooses, in a process of its own; all are launched
-from here, with this tree's arguments: one that needs others, a pace's counter for example, is reported as failed. What
-a kernel computes is checked. Times are percentages of the speed of torch.bmm: nothing is written to the ledger.
+from here, with this tree's arguments but for the counter of a pace, which a kernel gets if its tree says so: one that
+needs others is reported as failed. What a kernel computes is checked. Times are percentages of the speed of torch.bmm:
+nothing is written to the ledger.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,13 +39,21 @@ TIMEOUT = 600
 Kernel = Callable[..., None]
 
 
+class Built(NamedTuple):
+    """A tree's kernel. text: its tile configuration, or what went wrong, where there is no file."""
+
+    file: str | None
+    text: str
+    paced: bool
+
+
 def gemms(shape: Shape, form: Form, wanted: Sequence[str]) -> dict[str, GemmSpec]:
     """What the launches of a layer's GEMMs ask for, by kernel; the tile configurations are this tree's."""
     return {name: spec for name, spec in tune.specs(shape, form).items() if name in wanted}
 
 
-def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> list[tuple[str | None, str]]:
-    """For each spec, with the tree's own tile configuration: (file, the configuration) or (None, what went wrong).
+def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> list[Built]:
+    """For each spec, with the tree's own tile configuration.
 
     Raises RuntimeError if the tree's sonicmoe cannot be run at all.
     """
@@ -61,7 +70,16 @@ def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> 
     )
     if done.returncode:
         raise RuntimeError(f"{tree}: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
-    return [(file, text) for file, text in json.loads(done.stdout.strip().splitlines()[-1])]
+    return [Built(*answer) for answer in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+def with_counter(kernel: Kernel, paced: bool) -> Kernel:
+    """The kernel, launched as if it were this tree's: by a pace's counter of its own, or without one."""
+
+    def launch(a: Any, b: Any, out: Any, cu_rows: torch.Tensor, counter: Any, ctas: int) -> None:
+        kernel(a, b, out, cu_rows, cu_rows.new_zeros(1) if paced else None, ctas)
+
+    return launch
 
 
 def by(kernel: Kernel, variant: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -132,11 +150,11 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
                 answers = compile_tree(Path(tree), list(wanted.values()), gpu, arguments.jobs)
             except (OSError, RuntimeError) as error:
                 raise SystemExit(str(error)) from None
-            for name, (file, text) in zip(wanted, answers, strict=True):
-                if file is None:
-                    failed.append(f"{tree} {shape.name} {name}: {text}")
+            for name, built in zip(wanted, answers, strict=True):
+                if built.file is None:
+                    failed.append(f"{tree} {shape.name} {name}: {built.text}")
                 else:
-                    found[name][tree] = compiler.load(Path(file))
+                    found[name][tree] = with_counter(compiler.load(Path(built.file)), built.paced)
         complete = {name: of_trees for name, of_trees in found.items() if len(of_trees) == len(trees)}
         lines += compare(shape, form, complete, settings) if complete else []
         torch.cuda.empty_cache()

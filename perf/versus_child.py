@@ -1,7 +1,7 @@
 """Compiles grouped GEMMs of the sonicmoe that it imports, into the cache on disk; started by versus.py.
 
 Reads {"gpu": key of its table, "jobs": processes, "gemms": [[variant, E, n, k, dtype, halves, activation or null]...]}
-and prints, in that order, [file or null, tile configuration or what went wrong].
+and prints, in that order, [file or null, tile configuration or what went wrong, whether it takes a pace's counter].
 """
 
 import json
@@ -18,7 +18,7 @@ from sonicmoe.cute_kernels.variants import GemmSpec, outputs
 from sonicmoe.jit import cache
 
 
-def compiled(request: tuple[str, list[Any]]) -> tuple[str | None, str]:
+def compiled(request: tuple[str, list[Any]]) -> tuple[str | None, str, bool]:
     gpu, (variant, groups, n, k, dtype, halves, activation) = request
     try:
         tile = choose(variant, groups, n, k, outputs(variant, halves, True), halves, gpu)
@@ -29,9 +29,10 @@ def compiled(request: tuple[str, list[Any]]) -> tuple[str | None, str]:
         assert folder is not None, "SONICMOE_CACHE_DIR is empty"
         path = cache.path_of(spec, folder)
         found = [form for form in (path, path.with_suffix(".o")) if form.exists()]  # also of trees without libraries
-        return (str(found[0]), str(tile)) if found else (None, spec.why_invalid() or "another process has it")
+        paced = getattr(spec, "paced", False)  # older trees know no pace
+        return (str(found[0]), str(tile), paced) if found else (None, spec.why_invalid() or "another has it", False)
     except Exception as error:
-        return None, f"{type(error).__name__}: {str(error).strip()[:500]}"
+        return None, f"{type(error).__name__}: {str(error).strip()[:500]}", False
 
 
 def main() -> None:

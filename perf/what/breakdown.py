@@ -125,7 +125,7 @@ def _row(session: Session, problem: Problem, routing: str, part: str, ms: list[f
         router=True,
         rows=rows,
         repeats=len(ms),
-        protocol=f"marks inside the layer, forward and backward, {session.clock.name}",
+        protocol=f"marks inside the layer, forward and backward, settled, {session.clock.name}",
     )
 
 

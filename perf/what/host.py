@@ -19,6 +19,7 @@ CALLS = {"host-launches": 50, "host-forward": 50, "host-inference": 50}
 # A queue of a thousand launches is full after 50 calls, and the host would wait for it.
 GRAPH = "host-both-graph"
 CALLS |= {"host-both": 25, "host-both-one-thread": 25, GRAPH: 25}
+LINEAR = "torch.nn.Linear"
 HEADER = ("layer", "what", "µs per call", "p20", "p80")
 
 
@@ -83,7 +84,7 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
     options = available(session, problem, options)
     found: dict[tuple[str, str], Layer | Exception] = {("sonicmoe.MoE", "topk"): layers.module(problem, "topk")}
     found |= built(problem, options)
-    found["torch.nn.Linear", "topk"] = linear(problem)
+    found[LINEAR, "topk"] = linear(problem)
     work = {("sonicmoe", "topk", "host-launches"): launches(problem)}
     for (name, routing), layer in found.items():
         if isinstance(layer, Exception):
@@ -111,7 +112,7 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
                     routing=routing,
                     **time_cells(times),
                     host_us=1e3 * times.p50,
-                    router=variant != "host-launches" and options.router,
+                    router=variant != "host-launches" and name != LINEAR and options.router,
                     repeats=len(seconds) * CALLS[variant],
                     protocol=f"issue time of {CALLS[variant]} calls without synchronisation",
                 )

@@ -151,7 +151,7 @@ def _rows(
     entries: dict[str, Entry],
     results: dict[str, Samples],
 ) -> list[Row]:
-    shape, form = problem.shape, problem.form
+    shape, form, state = problem.shape, problem.form, f"{settings.state}, {session.clock.name}"
     rows = []
     for variant, lap in LAPS[options.what].items():
         speed_of_bound = None
@@ -182,7 +182,7 @@ def _rows(
                     error=entry.error,
                     setup_s=entry.setup_s,
                     repeats=settings.repeats,
-                    protocol=f"layers in turns, {settings.state}, {session.clock.name}",
+                    protocol=f"layers in turns, {'from idle' if options.from_idle else state}",
                 )
             )
     return rows
@@ -205,7 +205,7 @@ def _outside(session: Session, problem: Problem, options: Options) -> list[Row]:
             times = answer["times"][variant]
             flops = roofline.total(variant, shape, gated=True, item=form.item).flops
             cells = {k: answer[k] for k in ("error", "setup_s")} | {"tflops": flops / times.p50 / 1e9}
-            protocol = f"alone in its own process, {session.clock.name}"
+            protocol = f"alone in its own process, settled, {session.clock.name}"
             row = session.row(
                 shape, form, other.name, variant, **time_cells(times), **cells, router=True, protocol=protocol
             )

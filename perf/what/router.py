@@ -98,6 +98,7 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
             del ours[step]
     cases = {f"sonicmoe {step}": simple(call) for step, call in ours.items()}
     cases |= {f"torch {step}": simple(call) for step, call in torch_steps(logits, chosen, shape.K).items()}
+    # Bound by memory and latency, the steps draw far less than the power limit, and have nothing to settle.
     settings = dataclasses.replace(session.settings, state="settled", settle_seconds=0.02)
     with session.bar(settings.repeats, f"{shape.name} router") as bar:
         results = measure(cases, session.clock, settings, bar.update)
@@ -114,7 +115,7 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
                 routing="token_rounding" if step == "token_rounding" else "topk",
                 **time_cells(samples.times()),
                 repeats=settings.repeats,
-                protocol=f"router's steps interleaved, fp32 logits, {session.clock.name}",
+                protocol=f"router's steps in turns, {settings.state}, fp32 logits, {session.clock.name}",
                 **cells,
             )
         )

@@ -216,10 +216,14 @@ def test_bands(variant: str, dtype: str) -> None:
     check(spec, MANY, 700, (132, 3))
 
 
-@pytest.mark.parametrize("variant", VARIANTS[:4])
-def test_ctas_at_one_pace(variant: str) -> None:
+def paced() -> Iterator[GemmSpec]:
+    for variant in VARIANTS[:4]:
+        yield from of_each_schedule(best(variant, (2056, PACED_K + 72), **forms(variant)[-1]))
+
+
+@pytest.mark.parametrize("spec", list(paced()), ids=label)
+def test_ctas_at_one_pace(spec: GemmSpec) -> None:
     """Also with a counter that begins 30 steps a CTA too low, so that all rest, and with one so low that none does."""
-    spec = best(variant, (2056, PACED_K + 72), **forms(variant)[-1])
     assert spec.paced
     check(spec, MANY, 700, (132, 5))
     batch = Batch(MANY, 700)

@@ -111,6 +111,12 @@ def test_compare_keeps_gpus_and_dtypes_apart(tmp_path: Path) -> None:
     assert compare.main([str(a), str(b)]) == 2
 
 
+def test_compare_keeps_protocols_apart() -> None:
+    before = [row(ms_p50=0.5, protocol="settled"), row(ms_p50=0.7, protocol="alone", variant="down_proj")]
+    after = [row(ms_p50=0.6, protocol="settled"), row(ms_p50=0.7, protocol="settled", variant="down_proj")]
+    assert [c.after.variant for c in compare.changes(before, after)] == ["up_proj"]
+
+
 def test_commit_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SONICMOE_COMMIT", "1234567")
     assert environment.commit() == "1234567"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from perf import protocol
-from perf.protocol import TOTAL, TURN, Case, Settings, measure, percentiles, untimed
+from perf.protocol import CALLS_PER_TURN, TOTAL, Case, Settings, measure, percentiles, untimed
 
 
 class Fake:
@@ -57,7 +57,7 @@ def test_percentiles() -> None:
 
 @pytest.mark.parametrize("state", ["busy", "settled", "idle"])
 def test_flush_spin_and_settling_are_not_timed(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=1e-5, whole=1e-5))
+    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=1e-5, period=1e-5))
     clock = Fake()
     cases = {"a": case(clock, "a", 7.0), "b": case(clock, "b", 2.0, 3.0)}
     results = measure(cases, clock, Settings(repeats=7, warm_seconds=0, state=state, settle_seconds=1e-4))
@@ -90,29 +90,48 @@ def test_cases_take_turns_and_each_is_flushed_before() -> None:
 
 @pytest.mark.parametrize("settles", [True, False])
 def test_a_settled_turn_is_behind_calls_of_its_own(settles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.5, whole=2.0))
+    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.5, period=2.0))
     clock, done = Fake(), []
     clock.settles = settles
     cases = {name: case(clock, name, 1.0) for name in "ab"}
-    settings = Settings(repeats=TURN + 2, warm_seconds=0, state="settled", settle_seconds=5.0)
+    repeats = CALLS_PER_TURN + 2
+    settings = Settings(repeats, warm_seconds=0, state="settled", settle_seconds=5.0)
     results = measure(cases, clock, settings, lambda: done.append(1))
-    assert len(done) == TURN + 2 and all(len(samples.ms[TOTAL]) == TURN + 2 for samples in results.values())
+    assert len(done) == repeats and all(len(samples.ms[TOTAL]) == repeats for samples in results.values())
     # three calls of 2 s are at least 5 s; behind them the host is ahead, so nothing spins
     own, before = (3, []) if settles else (0, ["spin"])
     entries = [entry for entry in clock.log if entry != "sync"][2:]  # without the first calls
     expected = []
-    for calls in (TURN, 2):
+    for calls in (CALLS_PER_TURN, 2):
         for name in sorted("ab", key=entries[len(expected) :].index):
             expected += [name] * own + ["flush", *before, "mark", name, "mark"] * calls
     assert entries == expected
 
 
 def test_the_device_waits_for_a_slow_host_also_when_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.9, whole=1.0))
+    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.9, period=1.0))
     clock = Fake()
     measure({"a": case(clock, "a", 1.0)}, clock, Settings(repeats=3, warm_seconds=0, state="settled"))
     timed = [entry for entry in clock.log if entry != "sync"][-15:]
     assert timed == ["flush", "spin", "mark", "a", "mark"] * 3
+
+
+@pytest.mark.parametrize(("device_s", "issue_s", "ahead"), [(3.0, 1.0, True), (1.1, 1.0, False), (0.2, 1.0, False)])
+def test_the_pace_of_a_case(monkeypatch: pytest.MonkeyPatch, device_s: float, issue_s: float, ahead: bool) -> None:
+    """A device that works a call off after the calls before it, and tells so half a second late."""
+    clock, now, free = Fake(), [0.0], [0.0]
+
+    def run(lap: Callable[[], None]) -> None:
+        now[0] += issue_s
+        free[0] = max(free[0], now[0]) + device_s
+
+    def synchronize() -> None:
+        now[0] = max(now[0], free[0] + 0.5)
+
+    monkeypatch.setattr(clock, "synchronize", synchronize)
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+    pace = protocol._pace(Case(run), clock)
+    assert pace == pytest.approx((issue_s, max(device_s, issue_s))) and pace.host_is_ahead == ahead
 
 
 def test_calls_that_are_not_timed_can_be_told() -> None:

@@ -15,7 +15,7 @@ from perf.ledger import Row
 from perf.peers import scattermoe
 from perf.problem import Form
 from perf.roofline import KERNELS, PARTS
-from perf.what import host, router
+from perf.what import breakdown, host, kernels, layers, router
 from sonicmoe import ops
 
 TINY = ["--device", "cpu", "--thiek", "48,32,16,8,2", "--repeats", "2", "--warm-seconds", "0", "--quiet"]
@@ -63,6 +63,32 @@ def test_one_lap_of_a_layer(tmp_path: Path, what: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("what", "more", "state"),
+    [
+        ("both", ["--module"], "settled"),
+        ("inference", ["--from-idle"], "idle"),
+        ("breakdown", [], "settled"),
+        ("router", [], "settled"),
+        ("kernels", [], "busy"),
+    ],
+)
+def test_the_state_in_which_a_call_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, more: list[str], state: str
+) -> None:
+    states: list[str] = []
+    for module in (layers, breakdown, router, kernels):
+
+        def spied(cases: Any, clock: Any, settings: Any, *rest: Any, measure: Any = module.measure) -> Any:
+            states.append(settings.state)
+            return measure(cases, clock, settings, *rest)
+
+        monkeypatch.setattr(module, "measure", spied)
+    rows = rows_of(tmp_path, "--what", what, *more)
+    assert rows and states == [state]
+    assert all((state == "busy") or (state in r.protocol) for r in rows)
+
+
 def test_memory(tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path, "--what", "memory")
     assert row.variant == "memory" and row.saved_mib and row.bound_mib
@@ -75,6 +101,7 @@ def test_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(tmp_path, "--what", "host")
     assert {"host-launches", "host-forward", "host-both"} <= {r.variant for r in rows}
     assert all(r.host_us and r.host_us > 0 for r in rows)
+    assert {r.router for r in rows if r.impl == host.LINEAR} == {False} != {r.router for r in rows}
 
 
 def test_a_wrong_kernel_has_no_speed(

@@ -16,7 +16,7 @@ from .tile import TileConfig, round_up
 
 MOST_STAGES = 6
 LEAST_STAGES = 3
-# (schedule, tile_n, cluster) -> speed relative to the best on whole tiles: of an H200, about the mean over shapes.
+# (schedule, tile_n, cluster) -> speed relative to the best on whole tiles of an H200, about the mean over shapes.
 SPEEDS = {
     "up_proj": {("cooperative", 256, 1): 1.0, ("pingpong", 128, 1): 0.85, ("cooperative", 128, 1): 0.82},
     "down_proj": {

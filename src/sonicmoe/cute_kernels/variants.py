@@ -137,7 +137,10 @@ def aot_specs() -> list[GemmSpec]:
     found += [best(up_dgrad[0], interleaved=True, halves=2, n=200, k=72, dtype="fp16")]
     found += [best(up_wgrad[0], interleaved=True, halves=2, n=72, k=200, dtype="fp16")]
     adds = [best(s, variant=f"{s.variant}_add") for s in (wgrad[0], up_wgrad[0])]
-    # Several bands, and CTAs that keep to one pace.
+    # CTAs that keep to one pace, with every form of tile; and with several bands, of which one has no pace.
+    for of_variant in (up, down, dgrad, up_dgrad):
+        forms = {(s.tile.schedule, s.tile.tile_n): s for s in reversed(of_variant)}
+        found += [replace(s, k=4096) for s in forms.values()]
     found += [best(down[0], n=7168, k=2048), best(up_dgrad[0], n=7168, k=8192)]
     found += [best(s, n=2048, k=7168) for s in (up[0], dgrad[0])]
     return found + adds + [replace(adds[1], interleaved=True, halves=2, n=256), best(down[0], groups=1000)]

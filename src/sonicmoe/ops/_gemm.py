@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +49,19 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def spec_of(device: int | None, variant: str, groups: int, n: int, k: int, dtype: str, *what: Any) -> GemmSpec:
-    """The spec of a GEMM on a device; n and k are those of one half, what: those of `_spec` from `activation` on.
+class Form(NamedTuple):
+    """What of a GEMM most have by default."""
 
-    Raises InvalidArgument.
-    """
-    return _spec(_forced.get(variant), device, variant, groups, n, k, dtype, *what)
+    activation: str | None = None
+    interleaved: bool = False
+    halves: int = 1
+    bias: bool = False
+    keep_h: bool = True
+
+
+def spec_of(device: int | None, variant: str, groups: int, n: int, k: int, dtype: str, *form: Any) -> GemmSpec:
+    """The spec of a GEMM on a device; n and k are those of one half, form: what a Form has. Raises InvalidArgument."""
+    return _spec(_forced.get(variant), device, variant, groups, n, k, dtype, form)
 
 
 @cache
@@ -66,13 +73,10 @@ def _spec(
     n: int,
     k: int,
     dtype: str,
-    activation: str | None = None,
-    interleaved: bool = False,
-    halves: int = 1,
-    bias: bool = False,
-    keep_h: bool = True,
+    given: tuple[Any, ...],
 ) -> GemmSpec:
-    """tile: that is taken without asking the table."""
+    """tile: that is taken without asking the table; given: of the form."""
+    activation, interleaved, halves, bias, keep_h = Form(*given)
     act = None if activation is None else Activation.parse(activation)
     outs = outputs(variant, halves, keep_h)
     try:
@@ -84,12 +88,10 @@ def _spec(
 
 
 @cache
-def _kernel(
-    tile: TileConfig | None, other: Callable[..., None] | None, device: int, *what: Any
-) -> tuple[Callable[..., None], bool, int]:
-    """(kernel, whether its CTAs keep to one pace, CTAs); other: what is launched in its place"""
+def _kernel(tile: TileConfig | None, device: int, *what: Any) -> tuple[Callable[..., None], bool, int]:
+    """(kernel, whether its CTAs keep to one pace, CTAs)"""
     spec = _spec(tile, device, *what)
-    return other or jit.kernel(spec), spec.paced, processors(device)
+    return jit.kernel(spec), spec.paced, processors(device)
 
 
 def check_gathered(argument: str, t: Tensor) -> None:
@@ -100,13 +102,13 @@ def check_gathered(argument: str, t: Tensor) -> None:
 
 def launch(
     variant: str, a: tuple[Tensor, ...], b: Tensor, out: tuple[Tensor | None, ...], cu_rows: Tensor, n: int, k: int,
-    *what: Any, spare: int = 0,
+    *form: Any, spare: int = 0,
 ) -> None:  # fmt: skip
-    """Launch a variant on the current device and stream, but for `spare` of its SMs.
-
-    what: the arguments of `_spec` from `activation` on.
-    """
-    dtype, held = dtype_name("x", b), (_forced.get(variant), _replaced.get(variant))
-    function, paced, ctas = _kernel(*held, b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype, *what)
+    """Launch a variant on the current device and stream, but for `spare` of its SMs. form: what a Form has."""
+    of = (_forced.get(variant), b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype_name("x", b), form)
+    if variant in _replaced:
+        function, paced, ctas = _replaced[variant], _spec(*of).paced, processors(b.get_device())
+    else:
+        function, paced, ctas = _kernel(*of)
     counter = b.new_zeros(1, dtype=torch.int32) if paced else None
     function(a, (b,), out, cu_rows, counter, ctas - spare)
