@@ -173,7 +173,7 @@ def first_call(case: Case, clock: Clock) -> Samples:
     return Samples(first_s=time.perf_counter() - start)
 
 
-class _Pace(NamedTuple):
+class _Cost(NamedTuple):
     """Seconds that the host takes to issue a call, and from the end of one call to that of the next."""
 
     issue: float
@@ -185,7 +185,7 @@ class _Pace(NamedTuple):
         return self.period > 1.2 * self.issue
 
 
-def _pace(case: Case, clock: Clock) -> _Pace:
+def _cost(case: Case, clock: Clock) -> _Cost:
     """By calls back to back: the end of a single one comes late after it is issued, and says little."""
 
     def seconds(calls: int) -> tuple[float, float]:
@@ -198,7 +198,7 @@ def _pace(case: Case, clock: Clock) -> _Pace:
         return issued - start, time.perf_counter() - start
 
     (_, one), (issued, five) = seconds(1), seconds(5)
-    return _Pace(issued / 5, max(five - one, 0.0) / 4)
+    return _Cost(issued / 5, max(five - one, 0.0) / 4)
 
 
 class _Round:
@@ -232,12 +232,12 @@ def _warm_up(cases: Mapping[str, Case], clock: Clock, seconds: float) -> None:
         clock.synchronize()
 
 
-def _settle(case: Case, clock: Clock, pace: _Pace, settings: Settings) -> float:
+def _settle(case: Case, clock: Clock, cost: _Cost, settings: Settings) -> float:
     """Run a case for settle_seconds. Returns how long the device has to spin before each call that is timed."""
-    calls = math.ceil(settings.settle_seconds / max(pace.period, pace.issue, 1e-6)) if clock.settles else 0
+    calls = math.ceil(settings.settle_seconds / max(cost.period, cost.issue, 1e-6)) if clock.settles else 0
     for _ in range(calls):
         case.run(untimed)
-    return 0.0 if calls and pace.host_is_ahead else min(1.3 * pace.issue + 1e-4, settings.max_spin)
+    return 0.0 if calls and cost.host_is_ahead else min(1.3 * cost.issue + 1e-4, settings.max_spin)
 
 
 def measure(
@@ -251,7 +251,7 @@ def measure(
     if not cases:
         return results
     _warm_up(cases, clock, settings.warm_seconds)
-    paces = {name: _pace(case, clock) for name, case in cases.items()}
+    costs = {name: _cost(case, clock) for name, case in cases.items()}
     names, draw = list(cases), random.Random(0)
     in_a_turn = CALLS_PER_TURN if settings.state == "settled" else 1
     gc.collect()
@@ -262,9 +262,9 @@ def measure(
         timed = _Round(clock)
         clock.synchronize()
         if settings.state == "busy":
-            clock.spin(min(1.2 * sum(pace.issue for pace in paces.values()) + 1e-4, settings.max_spin))
+            clock.spin(min(1.2 * sum(cost.issue for cost in costs.values()) + 1e-4, settings.max_spin))
         for name in order:
-            spin = _settle(cases[name], clock, paces[name], settings) if settings.state == "settled" else 0.0
+            spin = _settle(cases[name], clock, costs[name], settings) if settings.state == "settled" else 0.0
             for _ in range(calls):
                 clock.flush()
                 if spin:

@@ -36,7 +36,7 @@ from sonicmoe.ops import _gemm
 
 CHILD = Path(__file__).with_name("versus_child.py")
 TIMEOUT = 600
-Kernel = Callable[..., None]
+Kernel = tuple[Callable[..., None], bool]  # and whether it takes the counter of a pace
 
 
 class Built(NamedTuple):
@@ -73,20 +73,11 @@ def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> 
     return [Built(*answer) for answer in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
-def with_counter(kernel: Kernel, paced: bool) -> Kernel:
-    """The kernel, launched as if it were this tree's: by a pace's counter of its own, or without one."""
-
-    def launch(a: Any, b: Any, out: Any, cu_rows: torch.Tensor, counter: Any, ctas: int) -> None:
-        kernel(a, b, out, cu_rows, cu_rows.new_zeros(1) if paced else None, ctas)
-
-    return launch
-
-
 def by(kernel: Kernel, variant: str, call: Callable[[], Any]) -> Callable[[], Any]:
     """The op's call, with this kernel in the place of the one that it would launch."""
 
     def run() -> Any:
-        with _gemm.replaced(variant, kernel):
+        with _gemm.replaced(variant, *kernel):
             return call()
 
     return run
@@ -154,7 +145,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
                 if built.file is None:
                     failed.append(f"{tree} {shape.name} {name}: {built.text}")
                 else:
-                    found[name][tree] = with_counter(compiler.load(Path(built.file)), built.paced)
+                    found[name][tree] = compiler.load(Path(built.file)), built.paced
         complete = {name: of_trees for name, of_trees in found.items() if len(of_trees) == len(trees)}
         lines += compare(shape, form, complete, settings) if complete else []
         torch.cuda.empty_cache()

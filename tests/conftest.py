@@ -1,11 +1,12 @@
-"""What every test has: poisoned instead of uninitialised memory, and GPU tests that say why they are skipped."""
+"""What every test has: poisoned instead of uninitialised memory, and GPU tests that say why they are skipped. And what
+several tests of launches have: a GPU that notes them."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import pytest
@@ -42,6 +43,23 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         for owner, name in _ALLOCATORS:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
+
+
+@pytest.fixture
+def gemm_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]]]:
+    """(spec, arguments) of each grouped GEMM that is launched from then on: as on a GPU of 132 SMs that has no table.
+
+    What launches find once is forgotten before and after.
+    """
+    from sonicmoe.ops import _gemm
+
+    found: list[tuple[Any, tuple[Any, ...]]] = []
+    for name in ("_spec", "_kernel"):
+        monkeypatch.setattr(_gemm, name, cache(getattr(_gemm, name).__wrapped__))
+    monkeypatch.setattr(_gemm.jit, "kernel", lambda spec: lambda *arguments: found.append((spec, arguments)))
+    monkeypatch.setattr(_gemm, "processors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "another")
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from perf.layers import Layer
 from perf.ledger import Row
 from perf.peers.cublas import Cublas
 from perf.problem import Form, Problem
-from perf.protocol import TOTAL, Case, Samples, Settings, measure
+from perf.protocol import TOTAL, Case, Samples, measure
 from perf.session import Options, Session, brief, time_cells
 from perf.shapes import Shape
 
@@ -137,21 +137,17 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
     with session.bar(settings.repeats, f"{shape.name} {options.what}") as bar:
         cases = {name: entry.case for name, entry in entries.items()}
         results = measure(cases, session.clock, settings, bar.update)
-    rows = _rows(session, problem, options, settings, entries, results)
+    rows = _rows(session, problem, options, entries, results)
     rows += _outside(session, problem, options)
     session.emit(rows)
     session.say(_table(shape, form, options, rows))
 
 
 def _rows(
-    session: Session,
-    problem: Problem,
-    options: Options,
-    settings: Settings,
-    entries: dict[str, Entry],
-    results: dict[str, Samples],
+    session: Session, problem: Problem, options: Options, entries: dict[str, Entry], results: dict[str, Samples]
 ) -> list[Row]:
-    shape, form, state = problem.shape, problem.form, f"{settings.state}, {session.clock.name}"
+    shape, form = problem.shape, problem.form
+    state = "from idle" if options.from_idle else f"settled, {session.clock.name}"
     rows = []
     for variant, lap in LAPS[options.what].items():
         speed_of_bound = None
@@ -181,8 +177,8 @@ def _rows(
                     router=options.router and entry.impl != "cublas",
                     error=entry.error,
                     setup_s=entry.setup_s,
-                    repeats=settings.repeats,
-                    protocol=f"layers in turns, {'from idle' if options.from_idle else state}",
+                    repeats=session.settings.repeats,
+                    protocol=f"layers in turns, {state}",
                 )
             )
     return rows

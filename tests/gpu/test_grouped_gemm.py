@@ -255,7 +255,7 @@ def test_each_replay_counts_from_zero() -> None:
         return ops.up_proj(x, w1, None, batch.cu_rows, batch.row_token, "swiglu", "concat", True, "cute")
 
     expected, graph = call(), torch.cuda.CUDAGraph()
-    with _gemm.replaced("up_proj", kernel), torch.cuda.graph(graph):
+    with _gemm.replaced("up_proj", kernel, spec.paced), torch.cuda.graph(graph):
         found = call()
     sms = _gemm.processors(0)
     for _ in range(3):

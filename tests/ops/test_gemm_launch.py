@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from sonicmoe.configs.choice import candidates
 from sonicmoe.ops import _gemm
 
 
 @pytest.mark.parametrize(("k", "paced"), [(2560, True), (2048, False)])
 def test_a_counter_of_its_own_for_every_launch_that_needs_one(
-    monkeypatch: pytest.MonkeyPatch, k: int, paced: bool
+    gemm_launches: list[tuple[Any, tuple[Any, ...]]], k: int, paced: bool
 ) -> None:
-    monkeypatch.setattr(_gemm, "processors", lambda device: 132)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
-    given: list[tuple[Any, ...]] = []
     x, w2, cu_rows = torch.empty(3, k).bfloat16(), torch.empty(0).bfloat16(), torch.zeros(9, dtype=torch.int32)
-    with _gemm.replaced("down_dgrad", lambda *arguments: given.append(arguments)):
-        for _ in range(2):
-            _gemm.launch("down_dgrad", (x, cu_rows), w2, (), cu_rows, 2048, k, "swiglu", False, 2)
-            if paced:
-                given[-1][4].add_(7)  # as a kernel does; the next one begins at zero again
-        _gemm.launch("down_dgrad", (x, cu_rows), w2, (), cu_rows, 2048, k, "swiglu", False, 2, spare=4)
-    counters = [arguments[4] for arguments in given]
-    assert [arguments[5] for arguments in given] == [132, 132, 128]
+    for _ in range(2):
+        _gemm.launch("down_dgrad", (x, cu_rows), w2, (), cu_rows, 2048, k, "swiglu", False, 2)
+        if paced:
+            gemm_launches[-1][1][4].add_(7)  # as a kernel does; the next one begins at zero again
+    _gemm.launch("down_dgrad", (x, cu_rows), w2, (), cu_rows, 2048, k, "swiglu", False, 2, spare=4)
+    counters = [arguments[4] for _, arguments in gemm_launches]
+    assert [arguments[5] for _, arguments in gemm_launches] == [132, 132, 128]
     if not paced:
         assert counters == [None] * 3
         return
     assert len({counter.data_ptr() for counter in counters}) == 3
     assert [(c.dtype, c.tolist()) for c in counters] == [(torch.int32, [n]) for n in (7, 7, 0)]
+
+
+def test_a_forced_configuration_is_launched(gemm_launches: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    b, cu_rows = torch.empty(0).bfloat16(), torch.zeros(5, dtype=torch.int32)
+    first, other = candidates("down_proj", 4, 256, 1)[:2]
+    for tile in (other, first, None, other):
+        with nullcontext() if tile is None else _gemm.forced("down_proj", tile):
+            _gemm.launch("down_proj", (), b, (), cu_rows, 256, 64)
+            assert _gemm.spec_of(None, "down_proj", 4, 256, 64, "bf16") == gemm_launches[-1][0]
+    assert [spec.tile for spec, _ in gemm_launches] == [other, first, first, other]
+
+
+def test_a_replaced_kernel_is_launched_by_the_counter_that_it_takes(
+    gemm_launches: list[tuple[Any, tuple[Any, ...]]],
+) -> None:
+    """Whatever the kernel in its place would take."""
+    b, cu_rows = torch.empty(0).bfloat16(), torch.zeros(5, dtype=torch.int32)
+    given: list[tuple[Any, ...]] = []
+    for k in (64, 2560):
+        for paced in (False, True):
+            with _gemm.replaced("down_proj", lambda *arguments: given.append(arguments), paced):
+                for variant in ("down_proj", "up_dgrad"):
+                    _gemm.launch(variant, (), b, (), cu_rows, 64, k)
+            counter = given[-1][4]
+            assert (counter.tolist(), counter.dtype) == ([0], torch.int32) if paced else counter is None
+    _gemm.launch("down_proj", (), b, (), cu_rows, 64, 64)
+    assert len(given) == 4 and {arguments[5] for arguments in given} == {132}
+    assert [spec.variant for spec, _ in gemm_launches] == ["up_dgrad"] * 4 + ["down_proj"]

@@ -57,7 +57,7 @@ def test_percentiles() -> None:
 
 @pytest.mark.parametrize("state", ["busy", "settled", "idle"])
 def test_flush_spin_and_settling_are_not_timed(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=1e-5, period=1e-5))
+    monkeypatch.setattr(protocol, "_cost", lambda case, clock: protocol._Cost(issue=1e-5, period=1e-5))
     clock = Fake()
     cases = {"a": case(clock, "a", 7.0), "b": case(clock, "b", 2.0, 3.0)}
     results = measure(cases, clock, Settings(repeats=7, warm_seconds=0, state=state, settle_seconds=1e-4))
@@ -90,7 +90,7 @@ def test_cases_take_turns_and_each_is_flushed_before() -> None:
 
 @pytest.mark.parametrize("settles", [True, False])
 def test_a_settled_turn_is_behind_calls_of_its_own(settles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.5, period=2.0))
+    monkeypatch.setattr(protocol, "_cost", lambda case, clock: protocol._Cost(issue=0.5, period=2.0))
     clock, done = Fake(), []
     clock.settles = settles
     cases = {name: case(clock, name, 1.0) for name in "ab"}
@@ -109,7 +109,7 @@ def test_a_settled_turn_is_behind_calls_of_its_own(settles: bool, monkeypatch: p
 
 
 def test_the_device_waits_for_a_slow_host_also_when_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_pace", lambda case, clock: protocol._Pace(issue=0.9, period=1.0))
+    monkeypatch.setattr(protocol, "_cost", lambda case, clock: protocol._Cost(issue=0.9, period=1.0))
     clock = Fake()
     measure({"a": case(clock, "a", 1.0)}, clock, Settings(repeats=3, warm_seconds=0, state="settled"))
     timed = [entry for entry in clock.log if entry != "sync"][-15:]
@@ -117,7 +117,7 @@ def test_the_device_waits_for_a_slow_host_also_when_settled(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("device_s", "issue_s", "ahead"), [(3.0, 1.0, True), (1.1, 1.0, False), (0.2, 1.0, False)])
-def test_the_pace_of_a_case(monkeypatch: pytest.MonkeyPatch, device_s: float, issue_s: float, ahead: bool) -> None:
+def test_the_cost_of_a_case(monkeypatch: pytest.MonkeyPatch, device_s: float, issue_s: float, ahead: bool) -> None:
     """A device that works a call off after the calls before it, and tells so half a second late."""
     clock, now, free = Fake(), [0.0], [0.0]
 
@@ -130,8 +130,8 @@ def test_the_pace_of_a_case(monkeypatch: pytest.MonkeyPatch, device_s: float, is
 
     monkeypatch.setattr(clock, "synchronize", synchronize)
     monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
-    pace = protocol._pace(Case(run), clock)
-    assert pace == pytest.approx((issue_s, max(device_s, issue_s))) and pace.host_is_ahead == ahead
+    cost = protocol._cost(Case(run), clock)
+    assert cost == pytest.approx((issue_s, max(device_s, issue_s))) and cost.host_is_ahead == ahead
 
 
 def test_calls_that_are_not_timed_can_be_told() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,7 @@ from perf import environment, versus
 from perf.problem import Form
 from perf.protocol import Settings
 from perf.shapes import Shape
-from sonicmoe.configs.choice import candidates
 from sonicmoe.jit import cache, compile
-from sonicmoe.ops import _gemm
 
 SHAPE = Shape("small", 64, 64, 64, 4, 2)
 FORM = Form(device="cpu", backend="torch")
@@ -48,20 +44,13 @@ def test_each_tree_compiles_its_own(trees: tuple[Path, Path]) -> None:
     assert files[0] != files[1] and all(f.exists() for f in files)
 
 
-def test_each_kernel_gets_the_counter_that_it_takes(trees: tuple[Path, Path]) -> None:
+def test_each_tree_says_whether_its_kernel_takes_a_counter(trees: tuple[Path, Path]) -> None:
     long = Shape("long", 64, 2560, 64, 4, 2)
     file = trees[1] / "src" / "sonicmoe" / "cute_kernels" / "variants.py"
     file.write_text(file.read_text().replace("PACED_K = 2560", "PACED_K = 4096"))
     specs = list(versus.gemms(long, FORM, ["up_proj"]).values())
     built = [versus.compile_tree(tree, specs, "h200", jobs=1)[0] for tree in trees]
     assert [b.paced for b in built] == [True, False]
-    given: list[Any] = []
-    for b in built:
-        versus.with_counter(lambda *arguments: given.append(arguments), b.paced)(
-            (), (), (), torch.ones(5, dtype=torch.int32), "this tree's", 132
-        )
-    assert given[0][4].tolist() == [0] and given[0][4].dtype == torch.int32 and given[1][4] is None
-    assert all(arguments[5] == 132 for arguments in given)
 
 
 def test_what_cannot_be_compiled_is_told(trees: tuple[Path, Path], tmp_path: Path) -> None:
@@ -73,39 +62,6 @@ def test_what_cannot_be_compiled_is_told(trees: tuple[Path, Path], tmp_path: Pat
         (empty / "src" / "sonicmoe").mkdir(parents=True)
         (empty / "src" / "sonicmoe" / "__init__.py").touch()
         versus.compile_tree(empty, [], "", 1)
-
-
-@pytest.fixture
-def own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches that find nothing, and leave nothing behind, on a GPU that nothing was tuned for."""
-    for name, value in (("_spec", _gemm._spec), ("_kernel", _gemm._kernel)):
-        monkeypatch.setattr(_gemm, name, functools.cache(value.__wrapped__))
-    monkeypatch.setattr(_gemm, "processors", lambda device: 132)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
-
-
-def test_a_replaced_kernel_is_launched(own_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
-    monkeypatch.setattr(_gemm.jit, "kernel", lambda spec: lambda *_: launched.append(f"own {spec.variant}"))
-    b, cu_rows = torch.empty(0).bfloat16(), torch.zeros(5, dtype=torch.int32)
-    with _gemm.replaced("down_proj", lambda *_: launched.append("another")):
-        for variant in ("down_proj", "up_dgrad"):
-            _gemm.launch(variant, (), b, (), cu_rows, 64, 64)
-    _gemm.launch("down_proj", (), b, (), cu_rows, 64, 64)
-    assert launched == ["another", "own up_dgrad", "own down_proj"]
-
-
-def test_a_forced_configuration_is_launched(own_caches: None) -> None:
-    launched: list[Any] = []
-    b, cu_rows = torch.empty(0).bfloat16(), torch.zeros(5, dtype=torch.int32)
-    first, other = candidates("down_proj", 4, 256, 1)[:2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_gemm.jit, "kernel", lambda spec: lambda *_: launched.append(spec.tile))
-        for tile in (other, first, None, other):
-            with contextlib.nullcontext() if tile is None else _gemm.forced("down_proj", tile):
-                _gemm.launch("down_proj", (), b, (), cu_rows, 256, 64)
-                assert _gemm.spec_of(None, "down_proj", 4, 256, 64, "bf16").tile == launched[-1]
-    assert launched == [other, first, first, other]
 
 
 def test_shares_and_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,10 +72,14 @@ class GemmSpec:
         return outputs(self.variant, self.halves, self.keep_h)
 
     @property
+    def _reduces_rows(self) -> bool:
+        return "wgrad" in self.variant
+
+    @property
     def _group_bytes(self) -> int:
         """Bytes of a group's B: a weight, whose halves are none of down_dgrad's business; 0 where rows are reduced"""
         halves = self.halves if self.variant.startswith("up") else 1
-        return 0 if "wgrad" in self.variant else 2 * halves * self.n * self.k
+        return 0 if self._reduces_rows else 2 * halves * self.n * self.k
 
     def band(self, n_tiles: int) -> int:
         """n tiles of a band (groups.py): all, or equal parts of them"""
@@ -86,7 +90,7 @@ class GemmSpec:
     def paced(self) -> bool:
         """Whether CTAs keep to one pace (pace.py)"""
         k = self.k * (self.halves if self.variant == "up_dgrad" else 1)
-        return k >= PACED_K and "wgrad" not in self.variant
+        return k >= PACED_K and not self._reduces_rows
 
     @property
     def part_columns(self) -> int:

@@ -21,7 +21,7 @@ from sonicmoe.ops._cute import dtype_name
 
 MAX_GATHERED = 1 << 35  # elements: weight gradients count 16-byte chunks of what they gather in 32 bits
 _forced: dict[str, TileConfig] = {}
-_replaced: dict[str, Callable[..., None]] = {}
+_replaced: dict[str, tuple[Callable[..., None], bool]] = {}
 
 
 def forced(variant: str, tile: TileConfig) -> AbstractContextManager[None]:
@@ -29,9 +29,12 @@ def forced(variant: str, tile: TileConfig) -> AbstractContextManager[None]:
     return _holding(_forced, variant, tile)
 
 
-def replaced(variant: str, kernel: Callable[..., None]) -> AbstractContextManager[None]:
-    """Within it, the variant is launched by this kernel, which takes the same arguments: for measurements."""
-    return _holding(_replaced, variant, kernel)
+def replaced(variant: str, kernel: Callable[..., None], paced: bool) -> AbstractContextManager[None]:
+    """Within it, the variant is launched by this kernel, which takes the same arguments: for measurements.
+
+    paced: whether it takes the counter of a pace.
+    """
+    return _holding(_replaced, variant, (kernel, paced))
 
 
 @contextlib.contextmanager
@@ -106,9 +109,6 @@ def launch(
 ) -> None:  # fmt: skip
     """Launch a variant on the current device and stream, but for `spare` of its SMs. form: what a Form has."""
     of = (_forced.get(variant), b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype_name("x", b), form)
-    if variant in _replaced:
-        function, paced, ctas = _replaced[variant], _spec(*of).paced, processors(b.get_device())
-    else:
-        function, paced, ctas = _kernel(*of)
+    function, paced, ctas = (*_replaced[variant], processors(b.get_device())) if variant in _replaced else _kernel(*of)
     counter = b.new_zeros(1, dtype=torch.int32) if paced else None
     function(a, (b,), out, cu_rows, counter, ctas - spare)
