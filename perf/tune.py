@@ -38,8 +38,9 @@ from sonicmoe.ops import _gemm
 TABLES = environment.ROOT / "src" / "sonicmoe" / "configs" / "tuned"
 SHAPES = ("twelve", "fine", "open")
 INFERENCE = "up_proj without h"
-# A later configuration of the list must win by more: less is noise, and the table would change with every run.
-MARGIN = 0.005
+# By what another configuration must be faster, or less is noise and the table would change with every run: than the one
+# that the table has, and than an earlier one of the list.
+STAYS, MARGIN = 0.02, 0.005
 HEADER = ("gemm, tile", "ms p50", "p20", "p80", "TFLOP/s", "of best", "")
 Call = Callable[[], tuple[Tensor, ...]]
 Key = tuple[Any, ...]
@@ -130,10 +131,14 @@ def why_wrong(candidate: Candidate, call: Call, i: kernels.Inputs) -> str | None
     return "; ".join(kernels.wrong(found, i.x.dtype)) or None
 
 
-def chosen(measured: Sequence[tuple[Candidate, Times]]) -> Candidate:
-    """The first of the list that is at most MARGIN slower than the fastest."""
+def chosen(measured: Sequence[tuple[Candidate, Times]], present: TileConfig | None) -> Candidate:
+    """The present one if it is at most STAYS slower than the fastest, else the first of the list that is at most MARGIN."""
     fastest = min(times.p50 for _, times in measured)
-    return next(candidate for candidate, times in measured if times.p50 <= (1 + MARGIN) * fastest)
+
+    def near(margin: float) -> list[Candidate]:
+        return [candidate for candidate, times in measured if times.p50 <= (1 + margin) * fastest]
+
+    return next((c for c in near(STAYS) if c.spec.tile == present), near(MARGIN)[0])
 
 
 def read(path: Path) -> dict[Key, TileConfig]:
@@ -157,9 +162,9 @@ def write(path: Path, table: dict[Key, TileConfig]) -> None:
 
 
 def tune(
-    shape: Shape, form: Form, wanted: Iterable[Candidate], clock: Clock, settings: Settings
+    shape: Shape, form: Form, wanted: Iterable[Candidate], table: dict[Key, TileConfig], clock: Clock, settings: Settings
 ) -> tuple[dict[Key, TileConfig], list[str]]:
-    """(the fastest configuration by key, what was wrong) of one shape; prints a table of all."""
+    """(the configuration to take by key, what was wrong) of one shape; table: the present one. Prints a table of all."""
     i = kernels.inputs(shape, form, "topk")
     by_name, wrong, good = calls(i), [], {}
     for candidate in wanted:
@@ -173,7 +178,7 @@ def tune(
     winners, lines = {}, []
     for gemm in dict.fromkeys(c.gemm for c in good.values()):
         measured = [(c, results[name].times()) for name, c in good.items() if c.gemm == gemm]
-        best = chosen(measured)
+        best = chosen(measured, table.get(key_of(measured[0][0].spec)))
         winners[key_of(best.spec)] = best.spec.tile
         fastest = min(times.p50 for _, times in measured)
         flops = roofline.work(best.spec.variant, shape, rows=i.rows, gated=form.gated, item=form.item).flops
@@ -239,7 +244,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
         for shape, wanted in work.items():
             for future in pending[shape]:
                 future.exception()  # what does not compile here fails its check, with the reason
-            winners, found = tune(shape, form, wanted, clock, settings)
+            winners, found = tune(shape, form, wanted, table, clock, settings)
             table |= winners
             wrong += found
             write(path, table)

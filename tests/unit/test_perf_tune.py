@@ -17,6 +17,7 @@ from perf.shapes import SHAPES, parse_thiek
 from perf.tune import Candidate
 from sonicmoe import ops
 from sonicmoe.configs import choice
+from sonicmoe.configs.tile import TileConfig
 from sonicmoe.ops import _gemm
 
 SHAPE = parse_thiek("70,64,32,8,2")
@@ -42,19 +43,23 @@ def test_the_fastest_is_taken_but_not_for_noise() -> None:
     assert len(found) > 2 and len({c.spec.tile for c in found}) == len(found)
     assert [c.spec.why_invalid() for c in found] == [None] * len(found)
 
-    def with_times(*ms: float) -> Candidate:
-        return tune.chosen([(c, Times(t, t, t)) for c, t in zip(found, ms, strict=False)])
+    def with_times(*ms: float, present: TileConfig | None = None) -> Candidate:
+        return tune.chosen([(c, Times(t, t, t)) for c, t in zip(found, ms, strict=False)], present)
 
     assert with_times(1.0, 0.9, 0.8) is found[2]
     assert with_times(1.0, 0.999, 1.1) is found[0]
     assert with_times(1.0, 0.98, 0.979) is found[1]
+    last = found[2].spec.tile
+    assert with_times(1.0, 1.0, 1.019, present=last) is found[2]
+    assert with_times(1.0, 1.0, 1.021, present=last) is found[0]
+    assert with_times(1.0, 0.9, present=last) is found[1], "the present one was not timed"
 
 
 def test_a_shape_is_tuned_and_what_is_wrong_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (wanted,) = tune.untuned([SHAPE], CPU, ["down_proj", "up_proj"]).values()
-    winners, wrong = tune.tune(SHAPE, CPU, wanted, HostClock(), Settings(2, 0.0))
+    winners, wrong = tune.tune(SHAPE, CPU, wanted, {}, HostClock(), Settings(2, 0.0))
     assert wrong == [] and set(winners) == {tune.key_of(c.spec) for c in wanted}
     assert capsys.readouterr().out.count("chosen") == len(winners) == 3
 
@@ -66,9 +71,14 @@ def test_a_shape_is_tuned_and_what_is_wrong_is_left_out(
 
     first = next(c for c in wanted if c.gemm == "down_proj")
     monkeypatch.setattr(ops, "down_proj", sometimes_wrong)
-    winners, wrong = tune.tune(SHAPE, CPU, wanted, HostClock(), Settings(2, 0.0))
+    winners, wrong = tune.tune(SHAPE, CPU, wanted, {}, HostClock(), Settings(2, 0.0))
     assert len(wrong) == 1 and first.name in wrong[0] and "y: relative error" in wrong[0]
     assert winners[tune.key_of(first.spec)] != first.spec.tile
+
+    present = {tune.key_of(c.spec): c.spec.tile for c in wanted}  # of each GEMM the last one
+    monkeypatch.setattr(tune, "STAYS", 1e9)
+    monkeypatch.setattr(ops, "down_proj", right)
+    assert tune.tune(SHAPE, CPU, wanted, present, HostClock(), Settings(2, 0.0)) == (present, [])
 
 
 def test_what_was_timed_is_not_timed_again() -> None:
