@@ -46,6 +46,7 @@ memory() {
   step 200 twelve --what memory --peer scattermoe grouped_mm
 }
 router() { step 150 --what router; }
+experts() { step 100 7b 30b 120b --no-router --what backward --peer cublas; }
 host() { step 120 7b --what host --peer scattermoe grouped_mm; }
 breakdown() { step 100 7b 30b --what breakdown; }
 first() { step 150 7b --what first-call; }
@@ -62,7 +63,7 @@ adapter() { step 100 --thiek 16384,2048,768,128,8 --peer transformers-grouped_mm
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-all="kernels layers host breakdown router memory twelve rounding tokens first open adapter"
+all="kernels layers experts host breakdown router memory twelve rounding tokens first open adapter"
 for part in ${*:-$all}; do
   case " $all " in
     *" $part "*) "$part" ;;

@@ -164,6 +164,15 @@ def layers_side_by_side(rows: Iterable[Row], variants: Sequence[str]) -> list[Ro
     return side_by_side(plain, lambda r: r.impl.startswith("sonicmoe") and r.router)
 
 
+def experts_side_by_side(rows: Iterable[Row]) -> list[Row]:
+    """Backward of the experts alone, swiglu and top-K, and the bound, of one run for each layer."""
+    mine = [r for r in rows if r.variant == "backward" and r.impl in ("sonicmoe", "cublas") and not r.router]
+    plain = [r for r in mine if r.routing == "topk" and r.activation == "swiglu" and not r.bias]
+    beside = side_by_side(plain, lambda r: r.impl == "sonicmoe")
+    bounded = {r.subject for r in beside if r.impl == "cublas"}
+    return [r for r in beside if r.subject in bounded]
+
+
 def rounding_side_by_side(rows: Iterable[Row]) -> list[Row]:
     """The experts alone by both routings, of one run for each layer and variant."""
     mine = [r for r in rows if r.impl == "sonicmoe" and not r.router and r.variant in ("forward", "backward", "both")]

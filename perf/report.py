@@ -101,6 +101,18 @@ def tokens(rows: Sequence[Row]) -> str | None:
     return tables.markdown(header, lines) if len(lines) > 1 else None
 
 
+def experts(rows: Sequence[Row]) -> str | None:
+    """Backward of the experts alone against the four products by cuBLAS."""
+    ms = {(r.shape, r.impl): r for r in ledger.experts_side_by_side(rows)}
+    lines = []
+    for row in _sorted(r for (_, impl), r in ms.items() if impl == "sonicmoe"):
+        bound = ms[row.shape, "cublas"]
+        share = tables.percent(row.tflops / bound.tflops) if row.tflops and bound.tflops else "-"
+        lines.append([*_shape_cells(row), _time(row.ms_p50), _time(bound.ms_p50), share])
+    header = ["shape", "(T, H, I, E, K)", "sonicmoe", "cublas", "of cuBLAS bound"]
+    return tables.markdown(header, lines) if lines else None
+
+
 def kernels(rows: Sequence[Row]) -> str | None:
     """Each kernel: time, TFLOP/s, GB/s, share of cuBLAS (aggregate: of a copy) and of the floor."""
     mine = [r for r in rows if r.impl == "sonicmoe" and r.variant in roofline.KERNELS and r.routing == "topk"]
@@ -221,6 +233,7 @@ def provenance(rows: Sequence[Row]) -> str | None:
 
 TABLES: dict[str, Callable[[Sequence[Row]], str | None]] = {
     "layers": layers,
+    "experts": experts,
     "kernels": kernels,
     "memory": memory,
     "router": router,

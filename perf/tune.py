@@ -44,6 +44,7 @@ STAYS, MARGIN = 0.02, 0.005
 HEADER = ("gemm, tile", "ms p50", "p20", "p80", "TFLOP/s", "of best", "")
 Call = Callable[[], tuple[Tensor, ...]]
 Key = tuple[Any, ...]
+Table = dict[Key, TileConfig]
 
 
 class Candidate(NamedTuple):
@@ -132,7 +133,7 @@ def why_wrong(candidate: Candidate, call: Call, i: kernels.Inputs) -> str | None
 
 
 def chosen(measured: Sequence[tuple[Candidate, Times]], present: TileConfig | None) -> Candidate:
-    """The present one if it is at most STAYS slower than the fastest, else the first of the list that is at most MARGIN."""
+    """The present one if it is at most STAYS slower than the fastest; else the first that is at most MARGIN slower."""
     fastest = min(times.p50 for _, times in measured)
 
     def near(margin: float) -> list[Candidate]:
@@ -141,14 +142,14 @@ def chosen(measured: Sequence[tuple[Candidate, Times]], present: TileConfig | No
     return next((c for c in near(STAYS) if c.spec.tile == present), near(MARGIN)[0])
 
 
-def read(path: Path) -> dict[Key, TileConfig]:
+def read(path: Path) -> Table:
     if not path.exists():
         return {}
     entries = json.loads(path.read_text())
     return {(e["variant"], e["n"], e["k"], e["halves"], e["outs"]): TileConfig(**e["tile"]) for e in entries}
 
 
-def text(table: dict[Key, TileConfig]) -> str:
+def text(table: Table) -> str:
     """The table as JSON, sorted, one entry per line."""
     names = ("variant", "n", "k", "halves", "outs")
     entries = (dict(zip(names, key, strict=True)) | {"tile": dataclasses.asdict(table[key])} for key in sorted(table))
@@ -156,15 +157,15 @@ def text(table: dict[Key, TileConfig]) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def write(path: Path, table: dict[Key, TileConfig]) -> None:
+def write(path: Path, table: Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text(table))
 
 
 def tune(
-    shape: Shape, form: Form, wanted: Iterable[Candidate], table: dict[Key, TileConfig], clock: Clock, settings: Settings
-) -> tuple[dict[Key, TileConfig], list[str]]:
-    """(the configuration to take by key, what was wrong) of one shape; table: the present one. Prints a table of all."""
+    shape: Shape, form: Form, wanted: Iterable[Candidate], table: Table, clock: Clock, settings: Settings
+) -> tuple[Table, list[str]]:
+    """(the configuration to take by key, what was wrong) of one shape, by the present table; prints all times."""
     i = kernels.inputs(shape, form, "topk")
     by_name, wrong, good = calls(i), [], {}
     for candidate in wanted:

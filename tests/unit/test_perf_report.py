@@ -34,6 +34,12 @@ def synthetic() -> list[Row]:
             row(name, "sonicmoe", k, scale * 0.25, tflops=600.0, gbps=3000.0, of_bound=0.97, roofline=0.8)
             for k in KERNELS
         ]
+    # The experts alone; the second run has no bound, and the bound of a run with routers is none of theirs.
+    rows.append(row("7b", "sonicmoe", "backward", 1.6, tflops=500.0, run="a"))
+    rows.append(row("7b", "cublas", "backward", 1.5, tflops=400.0, run="a"))
+    rows.append(row("7b", "sonicmoe", "backward", 9.0, tflops=1.0, run="b"))
+    rows.append(row("7b", "cublas", "backward", 9.0, tflops=1.0, run="c", date="2026-01-02T00:00:00Z"))
+    rows.append(row("7b", "sonicmoe", "backward", 9.0, tflops=1.0, run="c", router=True))
     for count in (256, 4096, 131072):
         rows.append(row(f"7b@{count}", "sonicmoe", "both", count / 1e4, T=count, router=True, tflops=1.0))
     for routing, speed in (("topk", 500.0), ("token_rounding", 600.0)):
@@ -58,6 +64,7 @@ def test_every_table_has_its_numbers() -> None:
         "| 7b | (24576, 1536, 256, 128, 8) | 0.833 / 2.500 | 2.333 / 7.000 | 0.667 / 2.000 | 400 | 2.80x | 80.0% |"
         in (text["layers"])
     )
+    assert text["experts"].split("\n", 2)[2] == "| 7b | (24576, 1536, 256, 128, 8) | 1.600 | 1.500 | 125.0% |"
     assert "up_proj | 0.25 | 600 | 3000 | 97.0% | 80.0% |" in text["kernels"]
     assert text["kernels"].count("\n") == 1 + 2 * len(KERNELS)
     assert "660 / 1000" in text["memory"]
