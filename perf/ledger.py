@@ -157,20 +157,20 @@ def side_by_side(rows: Iterable[Row], ours: Callable[[Row], bool]) -> list[Row]:
     return chosen
 
 
+def _plain(rows: Iterable[Row]) -> list[Row]:
+    return [r for r in rows if r.routing == "topk" and r.activation == "swiglu" and not r.bias]
+
+
 def layers_side_by_side(rows: Iterable[Row], variants: Sequence[str]) -> list[Row]:
     """Layers with their router, swiglu and top-K, and the bound, of one run for each layer and variant."""
-    mine = [r for r in rows if r.variant in variants and r.routing == "topk" and (r.router or r.impl == "cublas")]
-    plain = [r for r in mine if r.activation == "swiglu" and not r.bias]
-    return side_by_side(plain, lambda r: r.impl.startswith("sonicmoe") and r.router)
+    mine = [r for r in _plain(rows) if r.variant in variants and (r.router or r.impl == "cublas")]
+    return side_by_side(mine, lambda r: r.impl.startswith("sonicmoe") and r.router)
 
 
 def experts_side_by_side(rows: Iterable[Row]) -> list[Row]:
     """Backward of the experts alone, swiglu and top-K, and the bound, of one run for each layer."""
-    mine = [r for r in rows if r.variant == "backward" and r.impl in ("sonicmoe", "cublas") and not r.router]
-    plain = [r for r in mine if r.routing == "topk" and r.activation == "swiglu" and not r.bias]
-    beside = side_by_side(plain, lambda r: r.impl == "sonicmoe")
-    bounded = {r.subject for r in beside if r.impl == "cublas"}
-    return [r for r in beside if r.subject in bounded]
+    alone = [r for r in _plain(rows) if r.variant == "backward" and not r.router]
+    return side_by_side([r for r in alone if r.impl in ("sonicmoe", "cublas")], lambda r: r.impl == "sonicmoe")
 
 
 def rounding_side_by_side(rows: Iterable[Row]) -> list[Row]:

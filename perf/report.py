@@ -103,12 +103,13 @@ def tokens(rows: Sequence[Row]) -> str | None:
 
 def experts(rows: Sequence[Row]) -> str | None:
     """Backward of the experts alone against the four products by cuBLAS."""
-    ms = {(r.shape, r.impl): r for r in ledger.experts_side_by_side(rows)}
+    found = {(r.subject, r.impl): r for r in ledger.experts_side_by_side(rows)}
     lines = []
-    for row in _sorted(r for (_, impl), r in ms.items() if impl == "sonicmoe"):
-        bound = ms[row.shape, "cublas"]
-        share = tables.percent(row.tflops / bound.tflops) if row.tflops and bound.tflops else "-"
-        lines.append([*_shape_cells(row), _time(row.ms_p50), _time(bound.ms_p50), share])
+    for row in _sorted(r for (_, impl), r in found.items() if impl == "sonicmoe"):
+        bound = found.get((row.subject, "cublas"))
+        if bound and bound.tflops and row.tflops:
+            share = tables.percent(row.tflops / bound.tflops)
+            lines.append([*_shape_cells(row), _time(row.ms_p50), _time(bound.ms_p50), share])
     header = ["shape", "(T, H, I, E, K)", "sonicmoe", "cublas", "of cuBLAS bound"]
     return tables.markdown(header, lines) if lines else None
 
