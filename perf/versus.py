@@ -2,30 +2,34 @@
 
     git worktree add ../before HEAD~1
     python -m perf.versus ../before . --shape 7b 30b --kernel up_proj down_dgrad
+    python -m perf.versus ../before . --shape 30b --layer
 
 For those who change kernels: between two runs clocks and temperature differ by more than most changes are worth. Each
 tree compiles its own kernels, with the tile configurations that it chooses, in a process of its own; all are launched
 from here, with this tree's arguments but for the counter of a pace, which a kernel gets if its tree says so: one that
-needs others is reported as failed. What a kernel computes is checked. Times are percentages of the speed of torch.bmm:
-nothing is written to the ledger.
+needs others is reported as failed. What a kernel computes is checked. Times are percentages of the speed of torch.bmm,
+with --layer also those of a whole layer whose GEMMs are each tree's, of its six products: what a kernel gains by itself
+need not reach the layer. Nothing is written to the ledger.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from perf import kernels, roofline, shapes, tables, tune
-from perf.problem import Form
-from perf.protocol import Settings, clock_of, measure, simple
+from perf import kernels, layers, roofline, shapes, tables, tune
+from perf.peers.cublas import Cublas
+from perf.problem import Form, Problem
+from perf.protocol import TOTAL, Case, Settings, clock_of, measure, simple
 from perf.session import brief
 from perf.shapes import Shape
 from sonicmoe.configs.choice import gpu_key
@@ -73,12 +77,14 @@ def compile_tree(tree: Path, specs: Sequence[GemmSpec], gpu: str, jobs: int) -> 
     return [Built(*answer) for answer in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
-def by(kernel: Kernel, variant: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The op's call, with this kernel in the place of the one that it would launch."""
+def by(kernels: Mapping[str, Kernel], call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, with these kernels in the place of those that it would launch, by variant."""
 
-    def run() -> Any:
-        with _gemm.replaced(variant, *kernel):
-            return call()
+    def run(*arguments: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for variant, kernel in kernels.items():
+                stack.enter_context(_gemm.replaced(variant, *kernel))
+            return call(*arguments)
 
     return run
 
@@ -92,7 +98,7 @@ def compare(shape: Shape, form: Form, found: dict[str, dict[str, Kernel]], setti
     ours, bounds, cases, wrong = kernels.calls(i), kernels.bounds(i), {}, {}
     for name, of_trees in found.items():
         for tree, kernel in of_trees.items():
-            call = by(kernel, name, ours[name])
+            call = by({name: kernel}, ours[name])
             try:
                 bad = "WRONG" if kernels.wrong(kernels.errors(name, i, call()), i.x.dtype) else ""
             except (TypeError, ValueError) as error:  # other arguments than this tree's
@@ -111,12 +117,35 @@ def compare(shape: Shape, form: Form, found: dict[str, dict[str, Kernel]], setti
     return lines
 
 
+def is_wrong(line: list[str]) -> bool:
+    return any(cell.startswith(("WRONG", "FAILED")) for cell in line)
+
+
+def compare_layers(
+    shape: Shape, form: Form, found: dict[str, dict[str, Kernel]], settings: Settings
+) -> list[list[str]]:
+    """Such lines of a layer with its router and the kernels found: forward, backward, and both."""
+    problem = Problem(shape, form)
+    layer, bound = layers.training(layers.ours(problem, True, "topk"), problem.do), "cublas"
+    trees = list(next(iter(found.values())))
+    cases = {t: Case(by({name: of[t] for name, of in found.items()}, layer.run), layer.laps) for t in trees}
+    cases[bound] = Cublas().case(problem, shape.rows, "both")
+    samples = measure(cases, clock_of(form.device), settings)
+    lines = []
+    for lap in (*layer.laps, TOTAL):
+        ms = {case: of_case.times(lap).p50 for case, of_case in samples.items()}
+        shares = [tables.percent(ms[bound] / ms[tree]) for tree in trees]
+        lines.append([f"{shape.name} layer {lap}", tables.cell(ms[bound], 4), *shares])
+    return lines
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m perf.versus", description=(__doc__ or "").split("\n")[0])
     p.add_argument("tree", nargs="+", type=Path, help="a checkout, with src/sonicmoe in it")
     p.add_argument("--shape", nargs="+", default=[], help="names or groups, as of perf.run; default 7b")
     p.add_argument("--thiek", action="append", default=[], metavar="T,H,I,E,K", help="another shape, by its numbers")
     p.add_argument("--kernel", nargs="+", default=list(roofline.GEMMS), choices=roofline.GEMMS)
+    p.add_argument("--layer", action="store_true", help="time a whole layer too, with these kernels")
     p.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--warm-seconds", type=float, default=1.0)
@@ -147,12 +176,16 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
                 else:
                     found[name][tree] = compiler.load(Path(built.file)), built.paced
         complete = {name: of_trees for name, of_trees in found.items() if len(of_trees) == len(trees)}
-        lines += compare(shape, form, complete, settings) if complete else []
+        compared = compare(shape, form, complete, settings) if complete else []
         torch.cuda.empty_cache()
+        if arguments.layer and compared and not any(map(is_wrong, compared)):
+            compared += compare_layers(shape, form, complete, settings)
+            torch.cuda.empty_cache()
+        lines += compared
     print(tables.text(("kernel", "torch.bmm ms", *trees), lines))
     for line in failed:
         print(line, file=sys.stderr)
-    return 1 if failed or any(cell.startswith(("WRONG", "FAILED")) for line in lines for cell in line) else 0
+    return 1 if failed or any(map(is_wrong, lines)) else 0
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 pytest.importorskip("cutlass")
-from perf import environment, versus
+from perf import environment, layers, versus
 from perf.problem import Form
-from perf.protocol import Settings
+from perf.protocol import Case, Settings
 from perf.shapes import Shape
 from sonicmoe.jit import cache, compile
+from sonicmoe.ops import _gemm
 
 SHAPE = Shape("small", 64, 64, 64, 4, 2)
 FORM = Form(device="cpu", backend="torch")
@@ -67,12 +68,39 @@ def test_what_cannot_be_compiled_is_told(trees: tuple[Path, Path], tmp_path: Pat
 def test_shares_and_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tree whose kernel leaves zeros: on a CPU each `kernel` says by which body the op is computed."""
 
-    def by(kernel: Any, variant: str, call: Any) -> Any:
+    def by(kernels: Any, call: Any) -> Any:
+        (kernel,) = kernels.values()
         return lambda: kernel(call())
 
     monkeypatch.setattr(versus, "by", by)
     right, zeros = (lambda out: out), (lambda out: tuple(torch.zeros_like(t) for t in out))
-    found = {name: {"a": right, "b": zeros} for name in ("down_proj", "up_wgrad")}
+    found: dict[str, Any] = {name: {"a": right, "b": zeros} for name in ("down_proj", "up_wgrad")}
     lines = versus.compare(SHAPE, FORM, found, Settings(2, 0.0))
     assert [line[0] for line in lines] == ["small down_proj", "small up_wgrad"]
     assert all(line[2].endswith("%") and line[3] == "WRONG" for line in lines)
+    assert [versus.is_wrong(line) for line in lines] == [True, True]
+
+
+def test_a_layer_runs_by_each_trees_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose turn it is says what is in the place of the layer's own kernels, as a launch would find it."""
+    launched: list[dict[str, Any]] = []
+    training = layers.training
+
+    def noting(*arguments: Any) -> Case:
+        case = training(*arguments)
+
+        def run(lap: Any) -> Any:
+            launched.append(dict(_gemm._replaced))
+            return case.run(lap)
+
+        return Case(run, case.laps)
+
+    monkeypatch.setattr(layers, "training", noting)
+    found: dict[str, Any] = {
+        name: {"a": (f"{name} of a", False), "b": (f"{name} of b", True)} for name in ("up_proj", "down_dgrad")
+    }
+    lines = versus.compare_layers(SHAPE, FORM, found, Settings(2, 0.0))
+    assert [line[0] for line in lines] == ["small layer forward", "small layer backward", "small layer total"]
+    assert all(cell.endswith("%") for line in lines for cell in line[2:]) and {len(line) for line in lines} == {4}
+    turns = [launched.count({name: of[tree] for name, of in found.items()}) for tree in "ab"]
+    assert min(turns) >= 3 and sum(turns) == len(launched) and not _gemm._replaced
