@@ -71,11 +71,16 @@ def _layer_cells(of_shape: dict[tuple[str, str], Row], impls: Sequence[str]) -> 
         return row.ms_p50 if row else None
 
     times = [_pair(ms(impl, "forward"), ms(impl, "both")) for impl in impls]
-    ours, bound = of_shape.get(("sonicmoe", "both")), of_shape.get(("cublas", "both"))
-    if ours is None or not ours.ms_p50 or not ours.tflops:
-        return [*times, "-", "-", "-"]
-    share = tables.percent(ours.tflops / bound.tflops) if bound and bound.tflops else "-"
-    return [*times, tables.cell(ours.tflops, 3), _over_best(of_shape.values(), "both"), share]
+    ours = of_shape.get(("sonicmoe", "both"))
+    speed = tables.cell(ours.tflops if ours else None, 3)
+    return [*times, speed, _over_best(of_shape.values(), "both"), _of_bound(of_shape.values())]
+
+
+def _of_bound(of_shape: Iterable[Row]) -> str:
+    """Our share of the speed of cuBLAS' six products, forward and backward."""
+    speed = {r.impl: r.tflops for r in of_shape if r.variant == "both"}
+    ours, bound = speed.get("sonicmoe"), speed.get("cublas")
+    return tables.percent(ours / bound) if ours and bound else "-"
 
 
 def _over_best(of_shape: Iterable[Row], variant: str) -> str:
@@ -96,8 +101,9 @@ def tokens(rows: Sequence[Row]) -> str | None:
         times = [_pair(*(ms.get((impl, variant)) for variant in ("both", "both-from-idle"))) for impl in impls]
         device = ms.get(("sonicmoe", "both"))
         per_token = tables.cell(1e6 * device / count if device else None, 3)
-        lines.append([str(count), *times, per_token, *(_over_best(here, v) for v in ("both", "both-from-idle"))])
-    header = ["T", *impls, "ns per token", "over best peer", "from idle"]
+        over = [_over_best(here, variant) for variant in ("both", "both-from-idle")]
+        lines.append([str(count), *times, per_token, *over, _of_bound(here)])
+    header = ["T", *impls, "ns per token", "over best peer", "from idle", "of cuBLAS bound"]
     return tables.markdown(header, lines) if len(lines) > 1 else None
 
 

@@ -12,7 +12,7 @@ from sonicmoe.configs.choice import candidates
 from sonicmoe.ops import _gemm
 
 
-@pytest.mark.parametrize(("k", "paced"), [(2560, True), (2048, False)])
+@pytest.mark.parametrize(("k", "paced"), [(4096, True), (4088, False)])
 def test_a_counter_of_its_own_for_every_launch_that_needs_one(
     gemm_launches: list[tuple[Any, tuple[Any, ...]]], k: int, paced: bool
 ) -> None:
@@ -47,7 +47,7 @@ def test_a_replaced_kernel_is_launched_by_the_counter_that_it_takes(
     """Whatever the kernel in its place would take."""
     b, cu_rows = torch.empty(0).bfloat16(), torch.zeros(5, dtype=torch.int32)
     given: list[tuple[Any, ...]] = []
-    for k in (64, 2560):
+    for k in (64, 4096):
         for paced in (False, True):
             with _gemm.replaced("down_proj", lambda *arguments: given.append(arguments), paced):
                 for variant in ("down_proj", "up_dgrad"):

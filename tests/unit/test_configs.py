@@ -203,14 +203,14 @@ def spec(variant: str, n: int, k: int, halves: int = 1, **form: Any) -> GemmSpec
         # qwen3-235b
         ("up_proj", 1536, 4096, 2, True, {12: 12}),
         ("down_proj", 4096, 1536, 1, False, {22: 11}),
-        ("up_dgrad", 4096, 3072, 1, True, {22: 11}),
+        ("up_dgrad", 4096, 3072, 1, False, {22: 11}),
         # small experts: 30B, olmoe, and the least k
         ("up_proj", 256, 4096, 2, True, {2: 2}),
         ("down_proj", 4096, 256, 1, False, {22: 22}),
         ("down_dgrad", 1024, 2048, 2, False, {4: 4}),
-        ("down_dgrad", 512, 2560, 2, True, {17: 17}),
-        ("up_proj", 512, 2552, 2, False, {4: 4}),
-        ("up_dgrad", 2048, 1280, 2, True, {16: 16}),
+        ("down_dgrad", 504, 4096, 2, True, {17: 17}),
+        ("up_proj", 504, 4088, 2, False, {4: 4}),
+        ("up_dgrad", 2048, 2048, 2, True, {16: 16}),
     ],
 )
 def test_large_experts(variant: str, n: int, k: int, halves: int, paced: bool, bands: dict[int, int]) -> None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .grouped_gemm import GroupedGemm
 
 ARCH = "sm_90a"
-# How a GEMM spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md, 2026-11-29-settled.md).
+# How a GEMM spares the L2 cache; measured (docs/notes/2026-11-28-long-k.md, 2026-11-29-in-layers.md).
 BAND, BANDED_BYTES = 16, 8 << 20  # n tiles of a band, at most; of groups with a B larger than this
-PACED_K = 2560  # one pace: from this k on
+PACED_K = 4096  # one pace: from this k on
 
 
 def outputs(variant: str, halves: int, keep_h: bool = True) -> int:
