@@ -103,7 +103,7 @@ def _tokens_truth(
     row, expert = position[pairs.token[mine]], pairs.expert[mine]
     given = pairs.score[mine].clone().requires_grad_()
     score = given if router is None else _routed_scores(router, x, tokens, expert)
-    o = torch.zeros_like(x)
+    o = 0 * x  # of x, also where no pair is sampled
     for e in expert.unique().tolist():
         of_e = (expert == e).nonzero().squeeze(1)
         w1, w2 = layer.w1.detach()[e].float(), layer.w2.detach()[e].float()
@@ -112,7 +112,7 @@ def _tokens_truth(
     if router is not None:
         (dx,) = torch.autograd.grad(o, (x,), layer.do[tokens].float())
         return o.detach(), dx, mine[:0], given.detach()[:0]
-    dx, dscore = torch.autograd.grad(o, (x, given), layer.do[tokens].float())
+    dx, dscore = torch.autograd.grad(o, (x, given), layer.do[tokens].float(), materialize_grads=True)
     return o.detach(), dx, pairs.slot[mine], dscore
 
 

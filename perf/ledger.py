@@ -21,6 +21,8 @@ class Row:
     roofline   the floor over ms_p50: 1 is as fast as the GPU's ceilings allow
     router     whether the router (product, top-K, plan) is in the measurement
     rows       routed rows; differs from T*K with token rounding
+    skew       deviation of a bias per expert on the logits
+    tile_m     of token rounding, as is rule
     saved_mib  kept from forward to backward; bound_mib what the paper keeps, 2*T*H + 4*R*I bytes in bf16
     peak_mib   of forward and backward, beside x, dO and weights; peak_bound_mib what is alive in the paper's steps
     of_bound   speed relative to `cublas` (aggregate: to a copy) of the same run
@@ -67,17 +69,20 @@ class Row:
     repeats: int | None = None
     protocol: str = ""
     run: str = ""
+    skew: float = 0.0
+    tile_m: int = 128
+    rule: str = "nearest"
 
     @property
     def key(self) -> tuple[object, ...]:
         """What two rows must share to be compared: everything that says what was measured, not when and on what."""
-        return (self.impl, self.routing, self.router, *self.subject)
+        return (self.impl, self.backend, self.routing, self.tile_m, self.rule, self.router, *self.subject)
 
     @property
     def subject(self) -> tuple[object, ...]:
         """What implementations and routings are compared on."""
         thiek = (self.T, self.H, self.I, self.E, self.K)
-        return (self.variant, *thiek, self.dtype, self.activation, self.bias)
+        return (self.variant, *thiek, self.dtype, self.activation, self.bias, self.skew)
 
 
 COLUMNS = tuple(f.name for f in fields(Row))
@@ -157,19 +162,29 @@ def side_by_side(rows: Iterable[Row], ours: Callable[[Row], bool]) -> list[Row]:
     return chosen
 
 
-def _plain(rows: Iterable[Row]) -> list[Row]:
-    return [r for r in rows if r.routing == "topk" and r.activation == "swiglu" and not r.bias]
+def usual(rows: Iterable[Row]) -> list[Row]:
+    """What tables and plots show without saying so: the kernels on a GPU, in bf16 (logits in fp32), swiglu, no biases,
+    no skew, token rounding to the nearest 128.
+    """
+
+    def is_usual(r: Row) -> bool:
+        form = (r.activation, r.bias, r.skew, r.tile_m, r.rule)
+        by = r.dtype in ("bf16", "fp32") and (r.backend != "torch" or r.gpu == "cpu")
+        return by and form == ("swiglu", False, 0.0, 128, "nearest")
+
+    return [r for r in rows if is_usual(r)]
 
 
 def layers_side_by_side(rows: Iterable[Row], variants: Sequence[str]) -> list[Row]:
-    """Layers with their router, swiglu and top-K, and the bound, of one run for each layer and variant."""
-    mine = [r for r in _plain(rows) if r.variant in variants and (r.router or r.impl == "cublas")]
+    """Layers with their router and top-K, and the bound, of one run for each layer and variant."""
+    topk = [r for r in rows if r.routing == "topk"]
+    mine = [r for r in topk if r.variant in variants and (r.router or r.impl == "cublas")]
     return side_by_side(mine, lambda r: r.impl.startswith("sonicmoe") and r.router)
 
 
 def experts_side_by_side(rows: Iterable[Row]) -> list[Row]:
-    """Backward of the experts alone, swiglu and top-K, and the bound, of one run for each layer."""
-    alone = [r for r in _plain(rows) if r.variant == "backward" and not r.router]
+    """Backward of the experts alone, by top-K, and the bound, of one run for each layer."""
+    alone = [r for r in rows if r.routing == "topk" and r.variant == "backward" and not r.router]
     return side_by_side([r for r in alone if r.impl in ("sonicmoe", "cublas")], lambda r: r.impl == "sonicmoe")
 
 

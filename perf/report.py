@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a = parser().parse_args(arguments)
     rows = [r for r in ledger.read(a.ledger) if r.gpu != "cpu" or a.gpu == "cpu"] if a.ledger.exists() else []
     gpu = a.gpu or most_measured(rows)
-    mine = [r for r in rows if r.gpu == gpu]
+    mine = ledger.usual(r for r in rows if r.gpu == gpu)
     drawn = [] if a.check else plots.draw_all(mine, a.plots, gpu)
     stale = []
     for path in a.files:

@@ -21,6 +21,7 @@ from perf.protocol import Settings, clock_of
 from perf.roofline import KERNELS
 from perf.session import Options, Session, brief, measured_ceilings
 from perf.shapes import Shape
+from sonicmoe.routing.token_rounding import RULES
 
 WHAT = {
     "forward": "perf.what.layers",
@@ -41,10 +42,11 @@ DEFAULT_SHAPES = {"memory": ["twelve"], "router": ["7b", "30b", "30b-1024", "qwe
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m perf.run", description="Measure sonicmoe beside its peers.")
     groups, names = ", ".join(shapes.GROUPS), ", ".join(shapes.SHAPES)
-    p.add_argument("shape", nargs="*", help=f"names or groups ({groups}); default 7b. Names: {names}")
+    usual = "; ".join(["default 7b", *(f"of {what}: {' '.join(of)}" for what, of in DEFAULT_SHAPES.items())])
+    p.add_argument("shape", nargs="*", help=f"names or groups ({groups}); {usual}. Names: {names}")
     p.add_argument("--thiek", action="append", default=[], metavar="T,H,I,E,K", help="another shape, by its numbers")
     p.add_argument("--tokens", type=int, nargs="+", default=[], metavar="T", help="each shape with these token counts")
-    p.add_argument("--what", choices=WHAT, default="both")
+    p.add_argument("--what", choices=WHAT, default="both", help="to measure; default both, a layer's directions")
     p.add_argument("--kernel", nargs="+", default=[], choices=KERNELS, help="with --what kernels: only these")
     p.add_argument("--peer", nargs="+", default=[], choices=[*PEERS, "all"], help="beside sonicmoe, where installed")
     p.add_argument(
@@ -57,14 +59,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--module", action="store_true", help="also sonicmoe.MoE, with its load balancing loss")
     p.add_argument("--routing", nargs="+", default=["topk"], choices=ROUTINGS)
-    p.add_argument("--rule", default="nearest", help="of token rounding")
+    p.add_argument("--rule", choices=RULES, default="nearest", help="of token rounding")
     p.add_argument("--tile-m", type=int, default=128, help="of token rounding")
     p.add_argument("--no-router", action="store_true", help="the experts alone, routing given")
-    p.add_argument("--activation", default="swiglu")
-    p.add_argument("--bias", action="store_true")
-    p.add_argument("--dtype", choices=DTYPES, default="bf16")
+    p.add_argument("--activation", default="swiglu", help="as of moe_experts; default swiglu")
+    p.add_argument("--bias", action="store_true", help="experts with b1 and b2; their gradients are not checked")
+    p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and weights")
     p.add_argument("--skew", type=float, default=0.0, help="deviation of a bias per expert on the logits")
-    p.add_argument("--repeats", type=int, default=20)
+    p.add_argument("--repeats", type=int, default=20, help="timed calls of each variant")
     p.add_argument("--warm-seconds", type=float, default=1.0, help="of load before the repeats")
     p.add_argument(
         "--from-idle",

@@ -73,8 +73,8 @@ def weights_ms(shape: Shape, gpus: int, links: Links = HGX) -> float:
 def measured(rows: Sequence[Row]) -> dict[str, float]:
     """Milliseconds of forward and backward on one GPU, by the shape's name."""
     mine = [r for r in rows if (r.impl, r.variant, r.routing) == ("sonicmoe", "both", "topk") and r.router]
-    plain = [r for r in mine if r.dtype == "bf16" and r.activation == "swiglu" and not r.bias and "@" not in r.shape]
-    return {r.shape: r.ms_p50 for r in ledger.newest(plain) if r.ms_p50}
+    usual = [r for r in ledger.usual(mine) if "@" not in r.shape]
+    return {r.shape: r.ms_p50 for r in ledger.newest(usual) if r.ms_p50}
 
 
 def _cell(links_ms: float, layer_ms: float | None) -> str:

@@ -53,9 +53,11 @@ class Session:
         """A row of this run; cells are those of Row that are not told by shape, form and run."""
         environment = self.environment._asdict()
         thiek = dict(zip("THIEK", shape.thiek, strict=True))
-        told = {"dtype": form.dtype, "activation": form.activation, "bias": form.bias, "shape": shape.name}
+        told = {"dtype": form.dtype, "activation": form.activation, "bias": form.bias, "skew": form.skew}
+        if cells.get("routing") == "token_rounding":
+            told |= {"tile_m": form.tile_m, "rule": form.rule}
         defaults = {"routing": "topk", "backend": form.backend if impl.startswith("sonicmoe") else ""}
-        written = {"date": now(), "run": self.started, "impl": impl, "variant": variant}
+        written = {"date": now(), "run": self.started, "impl": impl, "variant": variant, "shape": shape.name}
         return Row(**{**written, **environment, **thiek, **told, **defaults, **cells})
 
     def emit(self, rows: Sequence[Row]) -> None:

@@ -59,17 +59,17 @@ def run(session: Session, shape: Shape, form: Form, options: Options) -> None:
     """The experts without a router, from a given routing: what the router keeps is its own."""
     problem = Problem(shape, form)
     options = available(session, problem, Options(options.what, options.routings, options.peers, router=False))
-    rows = []
-    for (name, routing), layer in built(problem, options).items():
-        try:
-            if isinstance(layer, Exception):
-                raise layer
-            row = _row(session, problem, name, routing, layer)
-        except Exception as error:
-            note = session.fail if name == "sonicmoe" else session.skip
-            note(f"{shape.name} {name} {routing}: {brief(error)}")
-            continue
-        rows.append(row)
+    rows, candidates = [], built(problem, options)
+    with session.bar(len(candidates), f"{shape.name} memory") as bar:
+        for (name, routing), layer in candidates.items():
+            try:
+                if isinstance(layer, Exception):
+                    raise layer
+                rows.append(_row(session, problem, name, routing, layer))
+            except Exception as error:
+                note = session.fail if name == "sonicmoe" else session.skip
+                note(f"{shape.name} {name} {routing}: {brief(error)}")
+            bar.update()
     session.emit(rows)
     if rows:
         session.say(_table(rows))

@@ -179,10 +179,13 @@ def _check_vector(name: str, t: Tensor, length: int, dtype: torch.dtype, device:
 
 
 def _check_grad_buffers(w1: Tensor, w2: Tensor, w1_grad: Tensor | None, w2_grad: Tensor | None) -> None:
-    if w1_grad is not None:
-        _check_operand("w1_grad", w1_grad, tuple(w1.shape), torch.float32, w1.device)
-    if w2_grad is not None:
-        _check_operand("w2_grad", w2_grad, tuple(w2.shape), torch.float32, w2.device)
+    for name, buffer, weight in (("w1_grad", w1_grad, w1), ("w2_grad", w2_grad, w2)):
+        if buffer is not None:
+            _check_operand(name, buffer, tuple(weight.shape), torch.float32, weight.device)
+            if buffer.requires_grad:
+                raise InvalidArgument(
+                    f"{name}.requires_grad", True, "False: it is added to in place, unseen by autograd"
+                )
 
 
 def resolve_backend(backend: str, x: Tensor, w2: Tensor) -> str:

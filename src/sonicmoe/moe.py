@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sonicmoe import layer, ops
 from sonicmoe.activations import Activation
+from sonicmoe.configs.tile import TILE_M
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import BACKENDS, check_layout, moe_experts
 from sonicmoe.jit.target import is_hopper
@@ -55,7 +56,7 @@ class MoE(nn.Module):
         scoring: str = "topk_softmax",
         renormalize: bool = False,
         rule: str = "nearest",
-        tile_m: int = 128,
+        tile_m: int = TILE_M,
         w1_layout: str = "concat",
         backend: str = "auto",
         device: torch.device | str | None = None,

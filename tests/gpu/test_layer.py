@@ -17,6 +17,7 @@ from torch import Tensor
 import sonicmoe
 from sonicmoe import GPT_OSS, InvalidArgument, Routing, moe_experts
 from sonicmoe.activations import NAMES
+from sonicmoe.cute_kernels.variants import PACED_K
 
 DEVICE = "cuda"
 REGULAR = (8, 256, 128)
@@ -48,25 +49,30 @@ class Layer:
         generator = torch.Generator().manual_seed(seed + 1)
         self.do = torch.randn(len(assigned), hidden, generator=generator).to(DEVICE, dtype)
 
-    def results(
-        self, backend: str = "cute", dtype: torch.dtype | None = None, retain: bool = False, **options: Any
-    ) -> dict[str, Tensor]:
-        """o and the gradients; computed in another dtype than the layer's from the same, already rounded, values.
-
-        retain: of the last of two backward passes, once the first is shown to give the same.
-        """
+    def begin(
+        self, backend: str = "cute", dtype: torch.dtype | None = None, **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """o, and the leaves of its graph: in another dtype than the layer's from the same, already rounded, values."""
         dtype = dtype or self.dtype
         weights = Weights(*(None if t is None else t.detach().to(dtype).requires_grad_() for t in self.weights))
         routing = self.routing._replace(scores=self.routing.scores.detach().clone().requires_grad_())
         x, w1, w2, b1, b2 = weights
         o = moe_experts(x, w1, w2, routing, b1, b2, backend=backend, **self.options, **options)
-        leaves = {n: t for n, t in (weights._asdict() | {"scores": routing.scores}).items() if t is not None}
-        wanted = (o, list(leaves.values()), self.do.to(dtype))
+        return o, {n: t for n, t in (weights._asdict() | {"scores": routing.scores}).items() if t is not None}
+
+    def finish(self, o: Tensor, leaves: dict[str, Tensor], retain: bool = False) -> dict[str, Tensor]:
+        """o and the gradients; retain: of the last of two backward passes, once the first is shown to give the same."""
+        wanted = (o, list(leaves.values()), self.do.to(o.dtype))
         before = torch.autograd.grad(*wanted, allow_unused=True, retain_graph=True) if retain else None
         gradients = torch.autograd.grad(*wanted, allow_unused=True)
         assert before is None or all(map(torch.equal, before, gradients))
         named = {f"d{name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
         return {"o": o.detach()} | named
+
+    def results(
+        self, backend: str = "cute", dtype: torch.dtype | None = None, retain: bool = False, **options: Any
+    ) -> dict[str, Tensor]:
+        return self.finish(*self.begin(backend, dtype, **options), retain)
 
     def check(self) -> dict[str, Tensor]:
         """The kernels' results, once they are shown to be as good as torch's."""
@@ -178,7 +184,7 @@ def test_two_runs_are_bitwise_equal() -> None:
     layer = Layer(ragged_assigned(300, 8), ODD, padding=100, bias=True)
     first = layer.results()
     assert_same(first, layer.results())
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         assert_same(first, layer.results())
     finally:
@@ -252,22 +258,44 @@ def test_double_backward_raises() -> None:
 
 
 def test_layers_of_different_shapes_interleaved() -> None:
-    first, second = Layer(top_k_assigned(300, 8, 2)), Layer(ragged_assigned(200, 8), ODD, bias=True, padding=30)
-    expected = first.results(), second.results()
+    """Both forwards before both backwards, and nothing waits in between."""
+    layers = Layer(top_k_assigned(300, 8, 2)), Layer(ragged_assigned(200, 8), ODD, bias=True, padding=30)
+    expected = [layer.results() for layer in layers]
+    rounds = []
     for _ in range(3):
-        assert_same(first.results(), expected[0])
-        assert_same(second.results(), expected[1])
+        begun = [layer.begin() for layer in layers]
+        rounds.append([layer.finish(*of_layer) for layer, of_layer in zip(layers, begun, strict=True)])
+    for results in rounds:
+        for actual, wanted in zip(results, expected, strict=True):
+            assert_same(actual, wanted)
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_what_is_kept_may_be_on_the_host(pin_memory: bool) -> None:
+    layer = Layer(ragged_assigned(300, 8), ODD, bias=True, padding=50)
+    expected = layer.results()
+    with torch.autograd.graph.save_on_cpu(pin_memory=pin_memory):
+        begun = layer.begin()
+    assert_same(layer.finish(*begun), expected)
 
 
 def test_streams() -> None:
-    """On another stream than the default one, and on two at once."""
+    """On other streams than the default one at once: all begin together, behind a wait that lets the host issue them.
+
+    One's GEMMs keep to a pace, whose CTAs then share the SMs with others.
+    """
     layers = [Layer(top_k_assigned(1025, 8, 2)), Layer(ragged_assigned(700, 8), seed=3)]
+    layers.append(Layer(top_k_assigned(1025, 8, 2), (8, PACED_K, 64)))
     expected = [layer.results() for layer in layers]
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    streams = [torch.cuda.Stream() for _ in layers]
     for _ in range(4):
         results = []
+        torch.cuda._sleep(20_000_000)
+        begin = torch.cuda.Event()
+        begin.record()
         for layer, stream in zip(layers, streams, strict=True):
+            stream.wait_event(begin)
             with torch.cuda.stream(stream):
                 results.append(layer.results())
         torch.cuda.synchronize()

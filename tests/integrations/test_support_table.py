@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -55,18 +56,24 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
 @everywhere
 @pytest.mark.parametrize("routing", ["topk", "token_rounding"])
 def test_compile_without_a_graph_break(device: str, routing: str) -> None:
+    """Forward and backward; what the first number of tokens was compiled for serves all others."""
+    torch._dynamo.reset()
     moe, x = layer(device, routing)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (T, 17):
-        part = x.detach()[:length].requires_grad_()
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(moe, fullgraph=True, backend=counter, dynamic=True)
+    for length in (T, 17, 9, 23):
+        part = x.detach()[:length].clone().requires_grad_()  # not a view: guards look at its base
         for ours, theirs in zip(step(compiled, moe, part), step(moe, moe, part), strict=True):
             torch.testing.assert_close(ours, theirs)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and set(counts) == {counts[0]}
 
 
 @pytest.mark.gpu
-def test_cuda_graph() -> None:
+@pytest.mark.parametrize("routing", ["topk", "token_rounding"])
+def test_cuda_graph(routing: str) -> None:
     """Forward and backward in one graph, replayed with another input and so another routing."""
-    moe, x = layer("cuda")
+    moe, x = layer("cuda", routing)
     other = torch.randn_like(x)
     want = [[t.clone() for t in step(moe, moe, given.detach().requires_grad_())] for given in (x, other)]
     static = x.detach().clone().requires_grad_()

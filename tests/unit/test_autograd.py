@@ -194,6 +194,17 @@ def test_create_graph_alone_gives_the_same_gradient() -> None:
     torch.testing.assert_close(dx.detach(), expected, rtol=0, atol=0)
 
 
+def test_create_graph_where_all_gradients_go_to_buffers() -> None:
+    problem, plain = Problem(), Problem()
+    leaves = {n: leaf.detach().requires_grad_(n in ("w1", "w2")) for n, leaf in problem.leaves.items()}
+    buffers = {f"{n}_grad": torch.zeros(leaves[n].shape, dtype=torch.float32) for n in ("w1", "w2")}
+    problem.run(leaves, **buffers).sum().backward(create_graph=True)
+    expected = torch.autograd.grad(plain.run().sum(), [plain.leaves["w1"], plain.leaves["w2"]])
+    for buffer, gradient in zip(buffers.values(), expected, strict=True):
+        torch.testing.assert_close(buffer.to(gradient), gradient, rtol=1e-6, atol=1e-6)
+    assert leaves["w1"].grad is None
+
+
 class TestDhInThePlaceOfH:
     """Where this is h's last use, and only there: a second backward and what others keep must still find h."""
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from sonicmoe import MoE, route_token_rounding
 from sonicmoe.activations import Activation
 from sonicmoe.configs import tile as tile_module
 from sonicmoe.configs.choice import SPEEDS, candidates, choose, family, gpu_key, tuned
-from sonicmoe.configs.tile import SHARED_MEMORY, TileConfig
+from sonicmoe.configs.tile import SHARED_MEMORY, TILE_M, TileConfig
+from sonicmoe.cute_kernels.rounding import RoundingSpec
 from sonicmoe.cute_kernels.variants import GemmSpec, outputs
 
 VARIANTS = (
@@ -218,3 +222,10 @@ def test_large_experts(variant: str, n: int, k: int, halves: int, paced: bool, b
     act = SWIGLU if variant in ("up_proj", "down_dgrad") else None
     of = spec(variant, n, k, halves, act=act, interleaved=act is None and halves > 1)
     assert of.paced == paced and {tiles: of.band(tiles) for tiles in bands} == bands
+
+
+@pytest.mark.parametrize("function", [route_token_rounding, MoE, RoundingSpec], ids=lambda f: f.__name__)
+def test_token_rounding_rounds_to_the_tiles_of_the_gemms(function: Callable[..., object]) -> None:
+    assert inspect.signature(function).parameters["tile_m"].default == TILE_M
+    tiles = {tile.tile_m for variant in VARIANTS for tile in candidates(variant, 128, 1536, halves=1)}
+    assert tiles == {TILE_M}

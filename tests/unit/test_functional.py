@@ -94,6 +94,7 @@ REFUSED = [
     ("cute without a Hopper", _with(backend="cute"), "backend: got 'cute' with x on cpu"),
     ("w1_grad in bf16", _with(w1_grad=torch.zeros(E, 2 * I, H).bfloat16()), "w1_grad.dtype: got torch.bfloat16"),
     ("w1_grad of another shape", _with(w1_grad=torch.zeros(E, I, H)), "w1_grad.shape: got (4, 8, 16)"),
+    ("w1_grad in a graph", _with(w1_grad=torch.zeros(E, 2 * I, H).requires_grad_()), "w1_grad.requires_grad: got True"),
     ("w2_grad strided", _with(w2_grad=torch.zeros(E, I, H).mT), "w2_grad.stride()"),
     ("w2_grad elsewhere", _with(w2_grad=torch.zeros(E, H, I, device="meta")), "w2_grad.device: got meta"),
 ]  # fmt: skip

@@ -43,6 +43,15 @@ def test_error_finds_one_wrong_row_of_many() -> None:
     assert check.error(truth[:-1], truth) == float("inf")
 
 
+@pytest.mark.parametrize("router", [False, True])
+def test_a_layer_whose_rows_are_all_rounded_away(router: bool) -> None:
+    problem = Problem(SHAPE, dataclasses.replace(CPU, tile_m=128))
+    assert int(problem.routing("token_rounding").cu_rows[-1]) == 0
+    true = layers.truth(problem, "token_rounding", True, router, backward=True)
+    found = layers.errors(layers.ours(problem, router, "token_rounding"), problem, true, backward=True)
+    assert found["o"] == found["dw1[0]"] == 0 and not layers.wrong(found, torch.bfloat16)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_kernels_pass_and_damaged_ones_fail(activation: str, bias: bool) -> None:

@@ -9,6 +9,11 @@ import pytest
 
 from perf import compare, environment, ledger
 from perf.ledger import COLUMNS, Row
+from perf.problem import Form
+from perf.protocol import HostClock, Settings
+from perf.roofline import Ceilings
+from perf.session import Session
+from perf.shapes import SHAPES
 
 DEMANDED = (
     "date,gpu,driver,torch,dsl,commit,impl,variant,T,H,I,E,K,dtype,routing,ms_p20,ms_p50,ms_p80,tflops,gbps,roofline"
@@ -68,6 +73,30 @@ def test_newest_row_of_each_measurement() -> None:
     other = row(variant="down_proj")
     found = ledger.newest([new, other, old])
     assert len(found) == 2 and any(r is new for r in found) and any(r is other for r in found)
+
+
+UNUSUAL = ({"skew": 3.0}, {"dtype": "fp16"}, {"bias": True}, {"activation": "geglu"}, {"backend": "torch"})
+ROUNDED = ({"tile_m": 64}, {"rule": "down"})
+
+
+@pytest.mark.parametrize("cells", [*UNUSUAL, *({"routing": "token_rounding", **c} for c in ROUNDED)], ids=str)
+def test_another_form_takes_no_row_s_place(tmp_path: Path, cells: dict[str, object]) -> None:
+    usual = row(ms_p50=1.0, backend="cute", routing=cells.get("routing", "topk"))
+    other = dataclasses.replace(usual, ms_p50=9.0, date="2026-01-03T00:00:00Z", **cells)  # type: ignore[arg-type]
+    ledger.append(tmp_path / "a.csv", [usual, other])
+    found = ledger.read(tmp_path)
+    assert len(ledger.newest(found)) == 2 and ledger.usual(found) == [usual]
+    assert compare.changes([usual], [other]) == []
+
+
+def test_a_run_writes_its_form(tmp_path: Path) -> None:
+    form = Form(device="cpu", backend="torch", skew=0.5, tile_m=64, rule="down")
+    where = environment.Environment("cpu", "", "", "", "")
+    session = Session(where, HostClock(), Settings(), tmp_path / "a.csv", Ceilings(1.0, 1.0))
+    rounded = session.row(SHAPES["7b"], form, "sonicmoe", "both", routing="token_rounding")
+    topk = session.row(SHAPES["7b"], form, "sonicmoe", "both")
+    assert (rounded.skew, rounded.tile_m, rounded.rule) == (0.5, 64, "down")
+    assert (topk.skew, topk.tile_m, topk.rule) == (0.5, 128, "nearest")
 
 
 def test_what_is_compared_is_of_one_run() -> None:

@@ -11,7 +11,7 @@ CONSUMERS = 2
 MAX_GROUPS = 1024  # groups that the two-level search of the tile table covers
 ACCUMULATORS = 128  # fp32 accumulators per thread that leave room for the epilogue
 ACCUMULATORS_PLAIN_STORE = 192  # ping-pong, for an epilogue without registers of its own
-
+TILE_M = 128  # rows of every GEMM's tile, and so what token rounding rounds to unless told otherwise
 
 SCHEDULES = ("cooperative", "pingpong")
 
@@ -33,7 +33,7 @@ class TileConfig:
     tile_n: int
     stages: int
     buffers: int
-    tile_m: int = 128
+    tile_m: int = TILE_M
     tile_k: int = 64
     cluster: int = 1
 
@@ -56,8 +56,8 @@ class TileConfig:
     def why_invalid(self, variant: str, groups: int, halves: int) -> str | None:
         """None if a kernel of this configuration can be built. halves: of n (gate and up)"""
         reduces_rows = "wgrad" in variant
-        if self.tile_m != 128 or self.tile_k != 64:
-            return "tile_m must be 128 and tile_k 64"
+        if self.tile_m != TILE_M or self.tile_k != 64:
+            return f"tile_m must be {TILE_M} and tile_k 64"
         if self.schedule not in SCHEDULES:
             return f"unknown schedule {self.schedule}"
         if self.schedule == "pingpong" and reduces_rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..configs.tile import TILE_M
 from .variants import ARCH
 
 # A token's logits are in the registers of a warp.
@@ -36,7 +37,7 @@ class RoundingSpec:
     top: int
     dtype: str  # "bf16" | "fp16" | "fp32", of the logits
     rule: str = "nearest"
-    tile_m: int = 128
+    tile_m: int = TILE_M
 
     @property
     def name(self) -> str:

@@ -32,5 +32,7 @@ def once(name: str, backward: Callable[..., tuple[Tensor | None, ...]], *argumen
         return backward(*arguments)
     with torch.no_grad():
         gradients = backward(*arguments)
-    (first, *_) = (g for g in gradients if g is not None)
+    first = next((g for g in gradients if g is not None), None)
+    if first is None:  # all went to buffers
+        return gradients
     return Once.apply(first.new_empty(0, requires_grad=True), name, *gradients)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sonicmoe import ops, reference
+from sonicmoe.configs.tile import TILE_M
 from sonicmoe.jit.target import is_hopper
 from sonicmoe.ops._once import once
 from sonicmoe.reference.token_rounding import Rounded, round_counts
@@ -25,7 +26,7 @@ def route_token_rounding(
     logits: Tensor,
     k: int,
     *,
-    tile_m: int = 128,
+    tile_m: int = TILE_M,
     rule: str = "nearest",
     generator: torch.Generator | None = None,
     validate: bool = False,
@@ -37,7 +38,7 @@ def route_token_rounding(
     Args:
         logits: (T, E) of the router, any floating dtype. Computed in fp32; fp64 stays fp64. T: one microbatch.
         k: experts per token, 1 <= k <= E.
-        tile_m: rows of the GEMMs' tile.
+        tile_m: what is rounded to a multiple of; the rows of the GEMMs' tiles are 128.
         rule: "nearest": up if strictly nearer, so a tie drops; "stochastic": up with probability
             (f - floor f) / tile_m; "stochastic_mass": up with the share of the last tile's score mass that top-K chose;
             "balanced": up if else the running sum of f' - f would fall below -tile_m / 2; "up"; "down". An expert whose
