@@ -60,9 +60,10 @@ endif
 
 check: lint types compile test  ## all that needs no GPU: lint, format, types, cross-compilation, tests
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff: rules and format; tables as the ledger says
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m perf.report --check
 
 types: $(READY)  ## mypy on host code
 	$(PY) -m mypy

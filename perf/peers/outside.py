@@ -4,7 +4,8 @@
 
 FACTORY is a file with make(x, T, H, I, E, K) -> (forward, leaves, weights): forward() -> o or (o, ...), what gradients
 are taken of (x first), and (router (E, H), w1 (E, 2*I, H) as [gate | up], w2 (E, H, I)) as the layer uses them, SwiGLU,
-softmax over the K kept logits. The output is checked there with the same code as here, and timed by the same protocol.
+softmax over the K kept logits; first_implementation.py is one. The output is checked there with the same code as here,
+and timed by the same protocol.
 """
 
 from __future__ import annotations

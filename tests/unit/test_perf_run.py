@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from perf import ledger, run, shapes
+from perf import environment, ledger, run, shapes
 from perf.ledger import Row
 from perf.peers import scattermoe
 from perf.problem import Form
@@ -126,6 +126,45 @@ def test_another_python(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "wrong", "--what", "both", "--outside", "other", sys.executable, str(factory))
     assert not [r for r in rows if r.impl == "other"]
 
+
+def test_the_first_implementation(tmp_path: Path) -> None:
+    """Its factory, with our module of the same constructor and call in the place of the package."""
+    factory = tmp_path / "factory.py"
+    for place, runs in ((FIRST, True), (FIRST.replace("interleaved", "concat"), False)):
+        factory.write_text(place)
+        rows = rows_of(tmp_path / str(runs), "--what", "both", "--outside", "first", sys.executable, str(factory))
+        assert bool([r for r in rows if r.impl == "first"]) == runs
+
+
+FIRST = f"""
+import importlib.util
+import sys
+import types
+
+from sonicmoe import compat
+
+
+class MoE(compat.MoE):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.w1_layout = "interleaved"
+
+
+package, enums = types.ModuleType("sonicmoe"), types.ModuleType("sonicmoe.enums")
+package.MoE, package.KernelBackendMoE, enums.ActivationType = MoE, compat.KernelBackendMoE, compat.ActivationType
+spec = importlib.util.spec_from_file_location("first", {str(environment.ROOT / "perf/peers/first_implementation.py")!r})
+first = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(first)
+
+
+def make(*arguments):
+    ours = {{name: module for name, module in sys.modules.items() if name.split(".")[0] == "sonicmoe"}}
+    sys.modules.update({{"sonicmoe": package, "sonicmoe.enums": enums}})
+    try:
+        return first.make(*arguments)
+    finally:
+        sys.modules.update(ours)
+"""
 
 FACTORY = """
 import torch
