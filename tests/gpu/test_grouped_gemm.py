@@ -300,6 +300,7 @@ def all_memory() -> Iterator[None]:
     [
         ("up_proj", (WIDE, 64), {"act": PLAIN}),
         ("down_proj", (WIDE, 64), {}),
+        ("down_dgrad", (WIDE, 64), {"act": PLAIN}),
         ("down_dgrad", (WIDE // 2, 64), {"act": GATED, "halves": 2}),
         ("up_dgrad", (64, WIDE), {}),
         ("down_wgrad", (WIDE, 64), {}),
@@ -308,17 +309,23 @@ def all_memory() -> Iterator[None]:
     ],
 )
 def test_large_rows(variant: str, size: tuple[int, int], form: dict[str, Any], all_memory: None) -> None:
-    """The second group's rows lie past 2^31 elements of h, a, y, dh or a_s."""
+    """The second group's rows lie past 2^31 elements of h, a, y, dh or a_s; dh also in the place of h."""
     spec = best(variant, size, groups=2, **form)
     batch = Batch((FAR, LAST), tokens=500)
     given = problem(spec, batch)
     actual = run(spec, batch, given, 132)
     last = slice(1, 2) if "wgrad" in variant else slice(FAR, FAR + LAST)
+    if variant == "down_dgrad":
+        in_place = run(spec, batch, over_h(given), 132)
+        assert all(torch.equal(in_place[name][last], t[last]) for name, t in actual.items())
+        del in_place
     batch.cu_rows = torch.tensor([FAR, FAR, FAR + LAST])  # for the reference: the second group alone
     judge(spec, actual, given.reference(DTYPES[spec.dtype]), given.reference(torch.float32), last)
 
 
-@pytest.mark.parametrize("variant", ["up_proj", "down_dgrad", "down_wgrad", "down_wgrad_add"])
+@pytest.mark.parametrize(
+    "variant", ["up_proj", "down_dgrad", "down_wgrad", "down_wgrad_add", "up_wgrad", "up_wgrad_add"]
+)
 def test_large_gathered(variant: str, all_memory: None) -> None:
     """A third of the tokens lies past 2^31 elements."""
     spec = best(variant, (64, WIDE), groups=2, **forms(variant)[-1])
@@ -330,14 +337,13 @@ def test_large_gathered(variant: str, all_memory: None) -> None:
     judge(spec, actual, given.reference(DTYPES[spec.dtype]), given.reference(torch.float32), written)
 
 
-@pytest.mark.parametrize(
-    "variant", ["up_proj", "down_proj", "up_dgrad", "down_wgrad", "down_wgrad_add", "up_wgrad_add"]
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_large_weights(variant: str, all_memory: None) -> None:
     """The last group's weight, or its gradient, lies past 2^31 elements."""
     k = 1024
     groups = (1 << 31) // (WIDE * k) + 1
-    spec = best(variant, (WIDE, k), groups=groups, **({"act": PLAIN, "keep_h": False} if variant == "up_proj" else {}))
+    form = {"up_proj": {"act": PLAIN, "keep_h": False}, "down_dgrad": {"act": PLAIN}}.get(variant, {})
+    spec = best(variant, (WIDE, k), groups=groups, **form)
     batch = Batch([0] * (groups - 1) + [LAST], tokens=500)
     given = problem(spec, batch)
     actual = run(spec, batch, given, 132)

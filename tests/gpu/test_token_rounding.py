@@ -144,7 +144,7 @@ def test_many_to_find(tile_m: int, rule: str) -> None:
     check(skewed_logits(20000, 6, 0.7), 2, tile_m, rule)
 
 
-@pytest.mark.parametrize("k", [1, 10, 12, 13, 40])
+@pytest.mark.parametrize("k", [1, 10, 12, 13, 40, 64])
 @pytest.mark.parametrize("rule", ["nearest", "stochastic_mass"])
 def test_many_experts(k: int, rule: str) -> None:
     """The two greatest logits of a lane are looked at first, or not; and half as many warps select."""
@@ -359,7 +359,7 @@ def test_logits_in_another_layout() -> None:
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("rule", RULES)
 def test_in_a_cuda_graph(rule: str) -> None:
-    """Captured once, it serves every other batch of logits, also forward and backward together."""
+    """Captured once, it serves every other batch of logits, also forward and backward together, with draws anew."""
     logits = skewed_logits(3000, 48, 1.0).to(DEVICE).requires_grad_()
     weights = torch.randn(bound(3000, 48, 4, 64), device=DEVICE)
 
@@ -387,3 +387,7 @@ def test_in_a_cuda_graph(rule: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(routing[:6], eager[:6], strict=True))
             assert torch.equal(gradient, eager_gradient)
     assert len(counts) == 2
+    for _ in range(4):
+        graph.replay()
+        counts.add(tuple(routing.cu_rows.tolist()))
+    assert (len(counts) == 2) == (rule in DETERMINISTIC)

@@ -138,7 +138,7 @@ def shapes() -> list[Any]:
     """Every number of experts, few and many of them chosen, with kinds and dtypes in turns."""
     found: list[Any] = []
     for experts in EXPERTS:
-        tops = {1, min(experts, 8), min(experts, 64), min(experts, 128) if experts <= 128 else 33}
+        tops = {1, min(experts, 8), min(experts, 64), min(experts, 128) if experts <= 128 or experts == 4096 else 33}
         for top in sorted(tops):
             i = len(found)
             found.append((experts, top, SCORINGS[i % 3], DTYPES[i // 3 % 3], i % 2 == 0))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sonicmoe import ops, reference
 from sonicmoe.configs.tile import TILE_M
+from sonicmoe.cute_kernels.rounding import RULES
 from sonicmoe.jit.target import is_hopper
 from sonicmoe.ops._once import once
 from sonicmoe.reference.token_rounding import Rounded, round_counts
@@ -18,8 +19,6 @@ from sonicmoe.routing.scores import working
 from sonicmoe.routing.topk import best
 
 __all__ = ["RULES", "RoundingCounts", "TokenRounding", "round_counts", "rounding_counts", "route_token_rounding"]
-
-RULES = ("nearest", "stochastic", "stochastic_mass", "balanced", "up", "down")
 
 
 def route_token_rounding(
