@@ -87,6 +87,7 @@ class Row:
 
 COLUMNS = tuple(f.name for f in fields(Row))
 _TYPES = get_type_hints(Row)
+_FORM = {f.name: f.default for f in fields(Row) if f.name in ("activation", "bias", "skew", "tile_m", "rule")}
 
 
 def _text(value: object) -> str:
@@ -168,9 +169,8 @@ def usual(rows: Iterable[Row]) -> list[Row]:
     """
 
     def is_usual(r: Row) -> bool:
-        form = (r.activation, r.bias, r.skew, r.tile_m, r.rule)
         by = r.dtype in ("bf16", "fp32") and (r.backend != "torch" or r.gpu == "cpu")
-        return by and form == ("swiglu", False, 0.0, 128, "nearest")
+        return by and all(getattr(r, name) == default for name, default in _FORM.items())
 
     return [r for r in rows if is_usual(r)]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import sonicmoe
 from perf.shapes import Shape
 from sonicmoe import Activation, Routing
+from sonicmoe.configs.tile import TILE_M
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SEED = 20
@@ -27,7 +28,7 @@ class Form:
     skew: float = 0.0
     device: str = "cuda"
     backend: str = "cute"
-    tile_m: int = 128
+    tile_m: int = TILE_M
     rule: str = "nearest"
 
     @property

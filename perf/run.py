@@ -21,7 +21,8 @@ from perf.protocol import Settings, clock_of
 from perf.roofline import KERNELS
 from perf.session import Options, Session, brief, measured_ceilings
 from perf.shapes import Shape
-from sonicmoe.routing.token_rounding import RULES
+from sonicmoe.configs.tile import TILE_M
+from sonicmoe.routing import RULES
 
 WHAT = {
     "forward": "perf.what.layers",
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--module", action="store_true", help="also sonicmoe.MoE, with its load balancing loss")
     p.add_argument("--routing", nargs="+", default=["topk"], choices=ROUTINGS)
     p.add_argument("--rule", choices=RULES, default="nearest", help="of token rounding")
-    p.add_argument("--tile-m", type=int, default=128, help="of token rounding")
+    p.add_argument("--tile-m", type=int, default=TILE_M, help="of token rounding")
     p.add_argument("--no-router", action="store_true", help="the experts alone, routing given")
     p.add_argument("--activation", default="swiglu", help="as of moe_experts; default swiglu")
     p.add_argument("--bias", action="store_true", help="experts with b1 and b2; their gradients are not checked")

@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
         complete = {name: of_trees for name, of_trees in found.items() if len(of_trees) == len(trees)}
         compared = compare(shape, form, complete, settings) if complete else []
         torch.cuda.empty_cache()
-        if arguments.layer and compared and not any(map(is_wrong, compared)):
+        if arguments.layer and complete.keys() == wanted.keys() and not any(map(is_wrong, compared)):
             compared += compare_layers(shape, form, complete, settings)
             torch.cuda.empty_cache()
         lines += compared

@@ -30,7 +30,7 @@ def make(x: Tensor, T: int, H: int, I: int, E: int, K: int) -> Made:  # noqa: E7
     ).to(device=x.device, dtype=x.dtype)
     parameters = list(moe.parameters())
     of_shape = {tuple(p.shape): p.detach() for p in parameters}
-    if len(parameters) != 3 or not of_shape.keys() == {(E, H), (E, 2 * I, H), (E, H, I)}:
+    if len(parameters) != 3 or of_shape.keys() != {(E, H), (E, 2 * I, H), (E, H, I)}:
         raise ValueError(f"parameters of shapes {[tuple(p.shape) for p in parameters]} are not a router, w1 and w2")
     w1 = of_shape[E, 2 * I, H]
     weights = of_shape[E, H], torch.cat([w1[:, 0::2], w1[:, 1::2]], dim=1), of_shape[E, H, I]
