@@ -116,3 +116,12 @@ def test_rows_past_2_31_elements() -> None:
     o, _ = ops.aggregate(rows, None, None, slot_row, None, 2, "cute")
     truth = rows[-4:].float().unflatten(0, (2, 2)).sum(1)
     assert_as_good("o", o, truth.bfloat16(), truth, torch.bfloat16)
+
+
+def test_tokens_past_2_31_elements() -> None:
+    width, last = 8192, 4
+    num_tokens = (1 << 31) // width + last
+    rows = torch.randn(last, width, device=DEVICE).bfloat16()
+    slot_row = torch.arange(num_tokens, dtype=torch.int32, device=DEVICE) % last
+    o, _ = ops.aggregate(rows, None, None, slot_row, None, num_tokens, "cute")
+    assert all(torch.equal(o[t], rows[t % last]) for t in (0, 1, *range(num_tokens - last, num_tokens)))

@@ -71,3 +71,19 @@ def test_rows_past_2_31_elements() -> None:
     out = ops.bias_grad(rows, cu_rows, None, None, None, "cute")
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert_as_good("bias_grad", out[1], rows[-4:].float().sum(0), rows[-4:].double().sum(0), torch.float32)
+
+
+def test_tokens_past_2_31_elements() -> None:
+    """Gathered, as of db2."""
+    width, last = 8192, 4
+    num_tokens = (1 << 31) // width + last
+    do = torch.zeros(num_tokens, width, dtype=torch.bfloat16, device=DEVICE)
+    do[-last:] = torch.randn(last, width, device=DEVICE)
+    cu_rows = torch.tensor([0, 1, 1 + last], dtype=torch.int32, device=DEVICE)
+    row_token = torch.tensor([0, *range(num_tokens - last, num_tokens)], dtype=torch.int32, device=DEVICE)
+    row_slot = torch.arange(1 + last, dtype=torch.int32, device=DEVICE)
+    scores = torch.rand(1 + last, device=DEVICE) + 0.1
+    out = ops.bias_grad(do, cu_rows, row_token, scores, row_slot, "cute")
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    terms = do[-last:].double() * scores[1:, None].double()
+    assert_as_good("bias_grad", out[1], terms.float().sum(0), terms.sum(0), torch.float32)

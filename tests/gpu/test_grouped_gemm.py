@@ -113,9 +113,9 @@ def best(variant: str, size: tuple[int, int], dtype: str = "bf16", groups: int =
 
 
 def of_each_schedule(spec: GemmSpec) -> list[GemmSpec]:
-    """With the best tile of each: the epilogue is another one."""
+    """With the best tile of each, alone and in clusters: epilogue or operands are another one."""
     found = candidates(spec.variant, spec.groups, spec.n, spec.halves)
-    return [replace(spec, tile=tile) for tile in {t.schedule: t for t in reversed(found)}.values()]
+    return [replace(spec, tile=tile) for tile in {(t.schedule, t.cluster): t for t in reversed(found)}.values()]
 
 
 def configurations() -> Iterator[GemmSpec]:
@@ -295,27 +295,28 @@ def all_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize(
-    ("variant", "size", "form"),
-    [
-        ("up_proj", (WIDE, 64), {"act": PLAIN}),
-        ("down_proj", (WIDE, 64), {}),
-        ("down_dgrad", (WIDE, 64), {"act": PLAIN}),
-        ("down_dgrad", (WIDE // 2, 64), {"act": GATED, "halves": 2}),
-        ("up_dgrad", (64, WIDE), {}),
-        ("down_wgrad", (WIDE, 64), {}),
-        ("up_wgrad", (WIDE, 64), {}),
-        ("up_wgrad", (WIDE // 2, 64), {"halves": 2, "interleaved": True}),
-    ],
-)
-def test_large_rows(variant: str, size: tuple[int, int], form: dict[str, Any], all_memory: None) -> None:
+def large_rows() -> list[GemmSpec]:
+    found = [
+        best("up_proj", (WIDE, 64), groups=2, act=PLAIN),
+        best("down_proj", (WIDE, 64), groups=2),
+        best("down_dgrad", (WIDE, 64), groups=2, act=PLAIN),
+        best("down_dgrad", (WIDE // 2, 64), groups=2, act=GATED, halves=2),
+        best("up_dgrad", (64, WIDE), groups=2),
+        best("down_wgrad", (WIDE, 64), groups=2),
+        best("up_wgrad", (WIDE, 64), groups=2),
+        best("up_wgrad", (WIDE // 2, 64), groups=2, halves=2, interleaved=True),
+    ]
+    return [spec for first in found for spec in of_each_schedule(first)]
+
+
+@pytest.mark.parametrize("spec", large_rows(), ids=label)
+def test_large_rows(spec: GemmSpec, all_memory: None) -> None:
     """The second group's rows lie past 2^31 elements of h, a, y, dh or a_s; dh also in the place of h."""
-    spec = best(variant, size, groups=2, **form)
     batch = Batch((FAR, LAST), tokens=500)
     given = problem(spec, batch)
     actual = run(spec, batch, given, 132)
-    last = slice(1, 2) if "wgrad" in variant else slice(FAR, FAR + LAST)
-    if variant == "down_dgrad":
+    last = slice(1, 2) if "wgrad" in spec.variant else slice(FAR, FAR + LAST)
+    if spec.variant == "down_dgrad":
         in_place = run(spec, batch, over_h(given), 132)
         assert all(torch.equal(in_place[name][last], t[last]) for name, t in actual.items())
         del in_place
@@ -323,31 +324,38 @@ def test_large_rows(variant: str, size: tuple[int, int], form: dict[str, Any], a
     judge(spec, actual, given.reference(DTYPES[spec.dtype]), given.reference(torch.float32), last)
 
 
-@pytest.mark.parametrize(
-    "variant", ["up_proj", "down_dgrad", "down_wgrad", "down_wgrad_add", "up_wgrad", "up_wgrad_add"]
-)
-def test_large_gathered(variant: str, all_memory: None) -> None:
+def large_gathered() -> list[GemmSpec]:
+    variants = ("up_proj", "down_dgrad", "down_wgrad", "down_wgrad_add", "up_wgrad", "up_wgrad_add")
+    found = [best(variant, (64, WIDE), groups=2, **forms(variant)[-1]) for variant in variants]
+    return [spec for first in found for spec in of_each_schedule(first)]
+
+
+@pytest.mark.parametrize("spec", large_gathered(), ids=label)
+def test_large_gathered(spec: GemmSpec, all_memory: None) -> None:
     """A third of the tokens lies past 2^31 elements."""
-    spec = best(variant, (64, WIDE), groups=2, **forms(variant)[-1])
     batch = Batch((LAST, 50), tokens=FAR + FAR // 2)
     assert int((batch.row_token[: batch.rows] > FAR).sum()) > batch.rows // 5
     given = problem(spec, batch)
     actual = run(spec, batch, given, 132)
-    written = slice(0, 2 if "wgrad" in variant else batch.rows)
+    written = slice(0, 2 if "wgrad" in spec.variant else batch.rows)
     judge(spec, actual, given.reference(DTYPES[spec.dtype]), given.reference(torch.float32), written)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_large_weights(variant: str, all_memory: None) -> None:
-    """The last group's weight, or its gradient, lies past 2^31 elements."""
+def large_weights() -> list[GemmSpec]:
     k = 1024
     groups = (1 << 31) // (WIDE * k) + 1
-    form = {"up_proj": {"act": PLAIN, "keep_h": False}, "down_dgrad": {"act": PLAIN}}.get(variant, {})
-    spec = best(variant, (WIDE, k), groups=groups, **form)
-    batch = Batch([0] * (groups - 1) + [LAST], tokens=500)
+    form = {"up_proj": {"act": PLAIN, "keep_h": False}, "down_dgrad": {"act": PLAIN}}
+    found = [best(variant, (WIDE, k), groups=groups, **form.get(variant, {})) for variant in VARIANTS]
+    return [spec for first in found for spec in of_each_schedule(first)]
+
+
+@pytest.mark.parametrize("spec", large_weights(), ids=label)
+def test_large_weights(spec: GemmSpec, all_memory: None) -> None:
+    """The last group's weight, or its gradient, lies past 2^31 elements."""
+    batch = Batch([0] * (spec.groups - 1) + [LAST], tokens=500)
     given = problem(spec, batch)
     actual = run(spec, batch, given, 132)
-    last = slice(groups - 1, groups) if "wgrad" in variant else slice(0, LAST)
+    last = slice(spec.groups - 1, spec.groups) if "wgrad" in spec.variant else slice(0, LAST)
     truth = {name: t[last].clone() for name, t in given.reference(torch.float32).items()}
     yardstick = {name: t[last] for name, t in given.reference(DTYPES[spec.dtype]).items()}
     judge(spec, {name: t[last] for name, t in actual.items()}, yardstick, truth, slice(None))
