@@ -39,8 +39,8 @@ def check(sizes: list[int], tokens: int, width: int, dtype: torch.dtype = torch.
     of_row = torch.arange(len(sizes), device=DEVICE).repeat_interleave(torch.tensor(sizes, device=DEVICE))
     terms = do[row_token[:rows]].double() * bias[of_row].double()
     truth = terms.sum(1)
-    # Some eps of fp32 of the terms, which cancel: no worse than torch, but in another order.
-    yardstick = truth + 2 * torch.finfo(torch.float32).eps * terms.norm(dim=1)
+    # Some eps of fp32 of the terms, which cancel: at the greatest width a lane adds 96 of them one after the other.
+    yardstick = truth + 4 * torch.finfo(torch.float32).eps * terms.norm(dim=1)
     assert_as_good("parts", parts[:rows, -1], yardstick, truth, torch.float32)
     assert torch.equal(launch(do, bias, sizes, row_token, columns)[:rows, -1], parts[:rows, -1])
 
