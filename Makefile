@@ -39,7 +39,7 @@ endif
 # One thread per worker: the workers already use every core.
 PYTEST := $(PY) -m pytest
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS)
-GPU_TEST := $(PYTEST) $(if $(filter-out 1,$(GPU_JOBS)),-n $(GPU_JOBS)) -m gpu $(TESTS)
+GPU_TEST := $(if $(filter-out 1,$(GPU_JOBS)),env OMP_NUM_THREADS=1 $(PYTEST) -n $(GPU_JOBS),$(PYTEST)) -m gpu $(TESTS)
 
 .PHONY: help demo test check lint types compile gpu-test sanitize perf report clean
 .DEFAULT_GOAL := help

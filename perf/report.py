@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from perf import ledger, plots, roofline, scaling, shapes, tables
+from perf import ledger, plots, quality, roofline, scaling, shapes, tables
 from perf.environment import ROOT
 from perf.ledger import Row
 
-FILES = (ROOT / "README.md", ROOT / "docs" / "perf.md", ROOT / "docs" / "integrations.md")
+FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("perf", "integrations", "routing")))
 PLOTS = ROOT / "docs" / "plots"
 BREAKDOWN = "breakdown-"
 _MARKS = re.compile(r"^<!-- perf:begin ([\w-]+) -->\n(.*?)^<!-- perf:end \1 -->$", re.MULTILINE | re.DOTALL)
@@ -253,22 +253,25 @@ TABLES: dict[str, Callable[[Sequence[Row]], str | None]] = {
 }
 
 
-def filled(text: str, rows: Sequence[Row], gpu: str, images: Mapping[str, str] | None = None) -> str:
-    """The text with every marked table and plot written anew; images: where each plot is, from the text's folder.
+def filled(
+    text: str, rows: Sequence[Row], gpu: str, images: Mapping[str, str] | None = None, losses: str | None = None
+) -> str:
+    """The text with every marked table and plot written anew; images: where each plot is, from the text's folder;
+    losses: the table "quality".
 
     Raises ValueError for a name that is no table's and no plot's.
     """
-    missing, images = f"Not measured on {gpu} yet.", images or {}
-    bodies = {name: lambda table=table: table(rows) or missing for name, table in TABLES.items()}
+    others = {"quality": losses}
     for name, (draw, _) in plots.PLOTS.items():
-        link = f"![{(draw.__doc__ or name).strip()}]({images[name]})" if name in images else missing
-        bodies[f"plot-{name}"] = lambda link=link: link
+        place = (images or {}).get(name)
+        others[f"plot-{name}"] = place and f"![{(draw.__doc__ or name).strip()}]({place})"
 
     def body(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in bodies:
-            raise ValueError(f"perf:begin {name}: no such table or plot, only {', '.join(bodies)}")
-        return f"<!-- perf:begin {name} -->\n{bodies[name]()}\n<!-- perf:end {name} -->"
+        if name not in TABLES and name not in others:
+            raise ValueError(f"perf:begin {name}: no such table or plot, only {', '.join([*TABLES, *others])}")
+        made = TABLES[name](rows) if name in TABLES else others[name]
+        return f"<!-- perf:begin {name} -->\n{made or f'Not measured on {gpu} yet.'}\n<!-- perf:end {name} -->"
 
     return _MARKS.sub(body, text)
 
@@ -295,14 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = a.gpu or most_measured(rows)
     mine = ledger.usual(r for r in rows if r.gpu == gpu)
     drawn = [] if a.check else plots.draw_all(mine, a.plots, gpu)
-    stale = []
+    losses, stale = quality.losses(quality.read(a.ledger, gpu)), []
     for path in a.files:
         if not path.exists():
             continue
         text = path.read_text()
         known = [name for name in plots.PLOTS if (a.plots / f"{name}.png").exists()]
         images = {name: Path(os.path.relpath(a.plots / f"{name}.png", path.parent)).as_posix() for name in known}
-        new = filled(text, mine, gpu, images)
+        new = filled(text, mine, gpu, images, losses)
         if new != text:
             stale.append(path)
             if not a.check:

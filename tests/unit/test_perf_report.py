@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from perf import ledger, plots, report, tables
+from perf import ledger, plots, quality, report, tables
 from perf.ledger import Row
 from perf.roofline import KERNELS, PARTS
 from perf.shapes import SHAPES
@@ -127,3 +129,29 @@ def test_cells() -> None:
     ]
     assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --: |\n| 1 | 2 |"
     assert tables.text(["a", "bb"], [["xyz", "1"]]) == "a    bb\nxyz   1"
+
+
+def training(routing: str, seed: int, held_out: float, **pairs: int) -> dict[str, Any]:
+    history = [{"held_out": 5.0}, {"held_out": held_out}]
+    return {"routing": routing, "seed": seed, "history": history, "pairs": {"chosen": 1000, **pairs}}
+
+
+def test_losses_are_those_of_the_newest_trainings_on_the_gpu(tmp_path: Path) -> None:
+    runs = [
+        training("token_rounding", 0, 0.75, dropped=20, padded=10),
+        training("topk", 0, 0.7, dropped=0, padded=0),
+        training("topk", 1, 0.8, dropped=0, padded=0),
+    ]
+    for day, gpu, of in (("01", GPU, runs[:1]), ("02", GPU, runs), ("03", "another", runs[:2])):
+        folder = tmp_path / "gpu" / f"2026-01-{day}-quality"
+        folder.mkdir(parents=True)
+        for i, run in enumerate(of):
+            (folder / f"{i}.json").write_text(json.dumps({"setting": {"device": gpu}, "runs": [run]}))
+    table = quality.losses(quality.read(tmp_path, GPU))
+    assert table is not None and table.splitlines()[2:] == [
+        "| topk | 0.7000 | 0.8000 | 0.7500 | 0.1000 | 0.0% | 0.0% |",
+        "| token_rounding (nearest) | 0.7500 | - | 0.7500 | 0.0000 | 2.0% | 1.0% |",
+    ]
+    assert quality.losses(quality.read(tmp_path, "no such GPU")) is None
+    marked = "<!-- perf:begin quality -->\n<!-- perf:end quality -->\n"
+    assert table in report.filled(marked, [], GPU, losses=table)
