@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures what the tables and plots of README.md and docs/perf.md show: perf/all.sh [part ...], from the root of the
-# repository, with the package and its peers installed. Without parts: all of them, about 15 minutes on one H200.
+# repository, with the package and its peers installed. Without parts: all of them, about 20 minutes on one H200.
 #
 #   PYTHON=python3 OUT=perf/results perf/all.sh kernels layers
 #
@@ -9,6 +9,7 @@
 set -u
 PYTHON=${PYTHON:-python3} OUT=${OUT:-perf/results} LOG=${LOG:-/dev/null} JOBS=${JOBS:-$(nproc)}
 peers="scattermoe grouped_mm cublas"
+all_peers="$peers grouped_mm-compiled loop"  # the first compiles for seconds, for every shape and number of tokens
 worst=0
 
 # step LIMIT_S ARGUMENTS of perf.run
@@ -30,16 +31,16 @@ ahead() {
 kernels() { step 120 main --what kernels; }
 layers() {
   ahead "7b 1.4b 30b 120b" --module --peer scattermoe
-  step 240 7b 1.4b 30b 120b --module --peer $peers
+  step 300 7b 1.4b 30b 120b --module --peer $all_peers
 }
 twelve() {
   local shapes="1.4b-512 1.4b-1024 7b-512 7b-1024 30b-512 30b-1024 120b-1024 120b-2048"
   ahead "$shapes" --tokens 256 --peer scattermoe
-  step 240 $shapes --repeats 15 --peer $peers
+  step 360 $shapes --repeats 15 --peer $all_peers
 }
 open() {
   ahead "olmoe qwen3-235b qwen3-next gpt-oss-20b kimi-linear" --tokens 256 --peer scattermoe
-  step 300 open --repeats 12 --peer $peers
+  step 360 open --repeats 12 --peer $all_peers
 }
 memory() {
   ahead "1.4b 1.4b-512 1.4b-1024 7b 7b-512 7b-1024 30b 30b-512 30b-1024 120b 120b-1024 120b-2048" --tokens 256 --no-router

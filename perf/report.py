@@ -21,6 +21,7 @@ from perf.ledger import Row
 FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("perf", "integrations", "routing")))
 PLOTS = ROOT / "docs" / "plots"
 BREAKDOWN = "breakdown-"
+_PARTS = (*roofline.PARTS, "router-products", "rest")
 _MARKS = re.compile(r"^<!-- perf:begin ([\w-]+) -->\n(.*?)^<!-- perf:end \1 -->$", re.MULTILINE | re.DOTALL)
 _ORDER = {name: position for position, name in enumerate(shapes.SHAPES)}
 
@@ -200,13 +201,12 @@ def breakdown(rows: Sequence[Row]) -> str | None:
     """Shares of forward and backward of sonicmoe.MoE, measured inside it."""
     mine = ledger.newest(r for r in rows if r.variant.startswith(BREAKDOWN) and r.routing == "topk")
     ms = {(r.shape, r.variant.removeprefix(BREAKDOWN)): r.ms_p50 for r in mine}
-    parts = [*roofline.PARTS, "router-products", "rest"]
     lines = []
     for row in _sorted(r for r in mine if r.variant == f"{BREAKDOWN}layer"):
         whole = row.ms_p50 or float("nan")
-        found = (ms.get((row.shape, part)) for part in parts)
+        found = (ms.get((row.shape, part)) for part in _PARTS)
         lines.append([row.shape, _time(whole), *(tables.percent(t / whole if t else None) for t in found)])
-    return tables.markdown(["shape", "ms", *parts], lines) if lines else None
+    return tables.markdown(["shape", "ms", *_PARTS], lines) if lines else None
 
 
 def rounding(rows: Sequence[Row]) -> str | None:
@@ -229,10 +229,15 @@ def _gain(plain: Row | None, rounded: Row | None) -> str:
     return f"{_time(plain.ms_p50)} → {_time(rounded.ms_p50)} ({gain:+.1f}%)"
 
 
+def _is_in_a_table(row: Row) -> bool:
+    """Not a part of the breakdown that has since become another's."""
+    return not row.variant.startswith(BREAKDOWN) or row.variant.removeprefix(BREAKDOWN) in ("layer", *_PARTS)
+
+
 def provenance(rows: Sequence[Row]) -> str | None:
     """What the tables were measured on."""
     seen: dict[tuple[str, ...], list[str]] = {}
-    for r in ledger.newest(rows):
+    for r in ledger.newest(r for r in rows if _is_in_a_table(r)):
         seen.setdefault((r.gpu, r.driver, r.torch, r.dsl, r.commit), []).append(r.date)
     lines = [[*key, f"{min(dates)[:10]}", str(len(dates))] for key, dates in seen.items()]
     return tables.markdown(["GPU", "driver", "torch", "CuTe DSL", "commit", "date", "rows"], lines) if lines else None

@@ -48,7 +48,7 @@ class GroupedMM:
             if b2 is not None:
                 y = y + b2[flat[order]]
             weighted = y * scores.to(x.dtype).reshape(-1)[order, None]
-            return torch.zeros_like(x).index_add(0, token, weighted)
+            return torch.zeros_like(x).index_add_(0, token, weighted)
 
         if not self._compiled:
             return of_experts(problem, router, experts)

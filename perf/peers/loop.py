@@ -28,7 +28,7 @@ class Loop:
                 token, position = torch.where(ids == e)
                 h = F.linear(x[token], up, None if b1 is None else b1[e])
                 y = F.linear(activate(kind, h), down, None if b2 is None else b2[e])
-                o = o.index_add(0, token, (y * scores[token, position, None]).to(o.dtype))
+                o.index_add_(0, token, (y * scores[token, position, None]).to(o.dtype))
             return o
 
         return of_experts(problem, router, experts)

@@ -43,7 +43,7 @@ def moe_experts(
         w2: (E, H, I), likewise.
         routing: of T tokens to E experts, from one of the `route_*` functions; differentiable in `routing.scores`.
         b1, b2: biases (E, 2*I or I) and (E, H), in x's dtype; b1 in the layout of w1.
-        activation: a name such as "swiglu", "geglu_tanh", "swiglu(alpha=1.702,limit=7.0)", or an `Activation`.
+        activation: a name such as "swiglu", "geglu_tanh", "swiglu(limit=7.0)", or an `Activation` such as `GPT_OSS`.
         w1_layout: "concat": an expert's gate rows, then its up rows; "interleaved": gate and up rows alternate (gated
             activations only).
         backend: "cute": kernels for Hopper (compute capability 9.0), x in bf16 or fp16, H and I multiples of 8;
