@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from perf import ledger, tables
+from perf import commandline, tables
 from perf.ledger import Row
 
 LIMIT = 0.03
@@ -66,10 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m perf.compare", description=__doc__)
     p.add_argument("before", type=Path, metavar="A", help="a ledger, or a folder of them")
     p.add_argument("after", type=Path, metavar="B")
-    p.add_argument("--limit", type=float, default=100 * LIMIT, metavar="PERCENT", help="slower by this is a failure")
+    p.add_argument(
+        "--limit", type=commandline.amount, default=100 * LIMIT, metavar="PERCENT", help="slower by this is a failure"
+    )
     p.add_argument("--impl", default=OURS, help="of this implementation; '' for all")
-    a = p.parse_args(arguments)
-    found = changes(ledger.read(a.before), ledger.read(a.after), a.impl)
+    read = commandline.read_ledger
+    a, (before, after) = commandline.parsed(p, arguments, lambda a: (read(a.before), read(a.after)))
+    found = changes(before, after, a.impl)
     if not found:
         print("nothing that both ledgers measured", file=sys.stderr)
         return 2

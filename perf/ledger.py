@@ -116,11 +116,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file), [])
-        if header != list(COLUMNS):
-            raise ValueError(f"{path} has other columns than this version writes; choose another --out")
+    check_columns(path)
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
@@ -128,16 +124,35 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows([_text(v) for v in asdict(row).values()] for row in rows)
 
 
+def check_columns(path: Path) -> None:
+    """Raises ValueError for a file to which no rows can be appended, as its columns are others."""
+    if path.exists():
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != list(COLUMNS):
+            raise ValueError(f"{path} has other columns than this version writes; choose another --out")
+
+
 def read(path: Path) -> list[Row]:
-    """The rows of a ledger, or of every *.csv below a folder, oldest first. Columns that it lacks take defaults."""
+    """The rows of a ledger, or of every *.csv below a folder, oldest first. Columns that it lacks take defaults.
+
+    Raises ValueError for a file with anything else.
+    """
     files = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
+    return sorted((row for name in files for row in _rows(name)), key=lambda r: r.date)
+
+
+def _rows(path: Path) -> list[Row]:
     rows = []
-    for name in files:
-        with name.open(newline="") as file:
-            for record in csv.DictReader(file):
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for record in reader:
                 known = {c: _value(c, t) for c, t in record.items() if c in _TYPES and t is not None}
                 rows.append(Row(**known))
-    return sorted(rows, key=lambda r: r.date)
+        except (TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {reader.line_num}: no row of a ledger") from error
+    return rows
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from perf import ledger, plots, quality, roofline, scaling, shapes, tables
+from perf import commandline, ledger, plots, quality, roofline, scaling, shapes, tables
 from perf.environment import ROOT
 from perf.ledger import Row
+from sonicmoe import InvalidArgument
 
 FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("perf", "integrations", "routing")))
 PLOTS = ROOT / "docs" / "plots"
@@ -287,6 +288,18 @@ def most_measured(rows: Iterable[Row]) -> str:
     return max(counts, key=lambda gpu: counts[gpu]) if counts else "a GPU"
 
 
+def chosen_rows(path: Path, gpu: str | None) -> tuple[str, list[Row]]:
+    """The GPU, and its rows that tables show. Raises InvalidArgument without any: what was published would be lost."""
+    read = commandline.read_ledger(path)
+    rows = [r for r in read if r.gpu != "cpu" or gpu == "cpu"]
+    name = gpu or most_measured(rows)
+    mine = ledger.usual(r for r in rows if r.gpu == name)
+    if not mine:
+        measured = ", ".join(sorted({r.gpu for r in read})) or "there is none"
+        raise InvalidArgument("gpu", repr(name), f"one that {path} has rows of which tables show: {measured}")
+    return name, mine
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m perf.report", description="Tables and plots from the ledger.")
     p.add_argument("--ledger", type=Path, default=ledger.RESULTS)
@@ -298,10 +311,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    a = parser().parse_args(arguments)
-    rows = [r for r in ledger.read(a.ledger) if r.gpu != "cpu" or a.gpu == "cpu"] if a.ledger.exists() else []
-    gpu = a.gpu or most_measured(rows)
-    mine = ledger.usual(r for r in rows if r.gpu == gpu)
+    a, (gpu, mine) = commandline.parsed(parser(), arguments, lambda a: chosen_rows(a.ledger, a.gpu))
     drawn = [] if a.check else plots.draw_all(mine, a.plots, gpu)
     losses, stale = quality.losses(quality.read(a.ledger, gpu)), []
     for path in a.files:

@@ -74,7 +74,7 @@ def filled(text: str, gpu: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m perf.resources", description=__doc__.split("\n")[0])
-    p.add_argument("--gpu", default="h200", help="of the table of configurations")
+    p.add_argument("--gpu", choices=("h100", "h200"), default="h200", help="of the table of configurations")
     p.add_argument("--file", type=Path, default=FILE)
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the table is stale")
     a = p.parse_args(arguments)

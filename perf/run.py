@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from perf import environment, ledger, shapes
+from perf import commandline, environment, ledger, shapes
 from perf.peers import PEERS
 from perf.peers.outside import Outside
 from perf.problem import DTYPES, Form
@@ -21,6 +21,7 @@ from perf.protocol import Settings, clock_of
 from perf.roofline import KERNELS
 from perf.session import Options, Session, brief, measured_ceilings
 from perf.shapes import Shape
+from sonicmoe import InvalidArgument
 from sonicmoe.configs.tile import TILE_M
 from sonicmoe.routing import RULES
 
@@ -46,7 +47,14 @@ def parser() -> argparse.ArgumentParser:
     usual = "; ".join(["default 7b", *(f"of {what}: {' '.join(of)}" for what, of in DEFAULT_SHAPES.items())])
     p.add_argument("shape", nargs="*", help=f"names or groups ({groups}); {usual}. Names: {names}")
     p.add_argument("--thiek", action="append", default=[], metavar="T,H,I,E,K", help="another shape, by its numbers")
-    p.add_argument("--tokens", type=int, nargs="+", default=[], metavar="T", help="each shape with these token counts")
+    p.add_argument(
+        "--tokens",
+        type=commandline.count,
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="each shape with these token counts",
+    )
     p.add_argument("--what", choices=WHAT, default="both", help="to measure; default both, a layer's directions")
     p.add_argument("--kernel", nargs="+", default=[], choices=KERNELS, help="with --what kernels: only these")
     p.add_argument("--peer", nargs="+", default=[], choices=[*PEERS, "all"], help="beside sonicmoe, where installed")
@@ -61,14 +69,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--module", action="store_true", help="also sonicmoe.MoE, with its load balancing loss")
     p.add_argument("--routing", nargs="+", default=["topk"], choices=ROUTINGS)
     p.add_argument("--rule", choices=RULES, default="nearest", help="of token rounding")
-    p.add_argument("--tile-m", type=int, default=TILE_M, help="of token rounding")
+    p.add_argument("--tile-m", type=commandline.count, default=TILE_M, help="of token rounding")
     p.add_argument("--no-router", action="store_true", help="the experts alone, routing given")
     p.add_argument("--activation", default="swiglu", help="as of moe_experts; default swiglu")
     p.add_argument("--bias", action="store_true", help="experts with b1 and b2; their gradients are not checked")
     p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and weights")
-    p.add_argument("--skew", type=float, default=0.0, help="deviation of a bias per expert on the logits")
-    p.add_argument("--repeats", type=int, default=20, help="timed calls of each variant")
-    p.add_argument("--warm-seconds", type=float, default=1.0, help="of load before the repeats")
+    p.add_argument("--skew", type=commandline.amount, default=0.0, help="deviation of a bias per expert on the logits")
+    p.add_argument("--repeats", type=commandline.count, default=20, help="timed calls of each variant")
+    p.add_argument("--warm-seconds", type=commandline.amount, default=1.0, help="of load before the repeats")
     p.add_argument(
         "--from-idle",
         action="store_true",
@@ -84,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen_shapes(arguments: argparse.Namespace) -> list[Shape]:
     names = arguments.shape or ([] if arguments.thiek else DEFAULT_SHAPES.get(arguments.what, ["7b"]))
-    found = shapes.named(names) + [shapes.parse_thiek(text) for text in arguments.thiek]
+    found = commandline.chosen_shapes(names, arguments.thiek)
     if arguments.tokens:
         return [shape.with_tokens(tokens) for shape in found for tokens in arguments.tokens]
     return found
@@ -119,13 +127,31 @@ def options_of(arguments: argparse.Namespace) -> Options:
     )
 
 
+def path_of(arguments: argparse.Namespace) -> Path:
+    """The ledger of today."""
+    folder = arguments.out / environment.describe(arguments.device).slug
+    return folder / f"{environment.now()[:10]}-{arguments.what}.csv"
+
+
 def session_of(arguments: argparse.Namespace) -> Session:
     described = environment.describe(arguments.device)
     clock = clock_of(arguments.device)
-    path = arguments.out / described.slug / f"{environment.now()[:10]}-{arguments.what}.csv"
     settings = Settings(arguments.repeats, arguments.warm_seconds)
     ceilings = measured_ceilings(arguments.device, clock)
-    return Session(described, clock, settings, path, ceilings, arguments.quiet)
+    return Session(described, clock, settings, path_of(arguments), ceilings, arguments.quiet)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises InvalidArgument for options that cannot be; makes the ledger's folder."""
+    chosen_shapes(arguments)
+    form_of(arguments)
+    commandline.check_device(arguments.device)
+    path = path_of(arguments)
+    commandline.check_out(path)
+    try:
+        ledger.check_columns(path)
+    except ValueError as error:
+        raise InvalidArgument("out", str(path), str(error)) from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -150,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return run(parser().parse_args(arguments))
+    return run(commandline.parsed(parser(), arguments, check)[0])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from perf import ledger, shapes, tables
+from perf import commandline, ledger, shapes, tables
 from perf.ledger import Row
 from perf.shapes import Shape
 
@@ -50,7 +50,9 @@ def rows_ms(shape: Shape, gpus: int, links: Links = HGX) -> float:
 
 
 def visited(shape: Shape, groups: int) -> float:
-    """The mean number of groups, of equally many experts each, that a token's experts are in."""
+    """The mean number of groups, of equally many experts each, that a token's experts are in; of as many as experts
+    where those are fewer."""
+    groups = min(groups, shape.E)
     missed = math.comb(shape.E - shape.E // groups, shape.K) / math.comb(shape.E, shape.K)
     return groups * (1 - missed)
 
@@ -116,9 +118,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def rows_of(arguments: argparse.Namespace) -> list[Row]:
+    """Those of GPUs; none without a ledger: all but the layers alone is computed. Raises InvalidArgument."""
+    shapes.named(arguments.shape)
+    read = commandline.read_ledger(arguments.ledger) if arguments.ledger.exists() else []
+    return [r for r in read if r.gpu != "cpu"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    a = parser().parse_args(arguments)
-    rows = [r for r in ledger.read(a.ledger) if r.gpu != "cpu"] if a.ledger.exists() else []
+    a, rows = commandline.parsed(parser(), arguments, rows_of)
     gpu = next((r.gpu for r in reversed(rows) if (a.gpu or "").lower() in r.gpu.lower()), "no GPU")
     ms = measured([r for r in rows if r.gpu == gpu])
     print("Computed, not measured: forward and backward, links' time in ms (and relative to the layer alone).")

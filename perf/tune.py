@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perf import environment, kernels, roofline, shapes, tables
+from perf import commandline, environment, kernels, roofline, tables
 from perf.problem import Form
 from perf.protocol import Clock, Settings, Times, clock_of, measure, simple
 from perf.shapes import Shape
-from sonicmoe import ops
+from sonicmoe import Activation, InvalidArgument, ops
 from sonicmoe.configs import choice
 from sonicmoe.configs.tile import TileConfig
 from sonicmoe.cute_kernels.variants import GemmSpec
@@ -210,30 +210,50 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--variant", nargs="+", default=[], choices=roofline.GEMMS, help="only these")
     p.add_argument("--activation", default="swiglu")
     p.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    p.add_argument("--repeats", type=int, default=12)
-    p.add_argument("--warm-seconds", type=float, default=0.5)
-    p.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that compile")
+    p.add_argument("--repeats", type=commandline.count, default=12)
+    p.add_argument("--warm-seconds", type=commandline.amount, default=0.5)
+    jobs = max(1, (os.cpu_count() or 2) - 2)
+    p.add_argument("--jobs", type=commandline.count, default=jobs, help="processes that compile")
     p.add_argument("--out", type=Path, help="the table; default: this GPU's in the package")
     return p
 
 
 def table_of(device: str) -> Path:
-    """The table of this GPU in the package."""
-    if not torch.cuda.is_available():
-        raise SystemExit("configurations are timed on a GPU, and there is none")
-    gpu = choice.gpu_key(torch.cuda.get_device_name(device))
+    """The table of this GPU in the package. Raises InvalidArgument for one of another kind than tables are of."""
+    name = torch.cuda.get_device_name(device)
+    gpu = choice.gpu_key(name)
     if not gpu:
-        raise SystemExit(f"{torch.cuda.get_device_name(device)} has no table: --out names a file")
+        raise InvalidArgument("out", "none", f"a file, as there is no table of {name}")
     return TABLES / f"{gpu}.json"
+
+
+def chosen_shapes(arguments: argparse.Namespace) -> list[Shape]:
+    names = arguments.shape or ([] if arguments.thiek else list(SHAPES))
+    return commandline.chosen_shapes(names, arguments.thiek)
+
+
+def check(arguments: argparse.Namespace, device: str = "cuda") -> None:
+    """Raises InvalidArgument for options that cannot be; makes the table's folder."""
+    chosen_shapes(arguments)
+    Activation.parse(arguments.activation)
+    commandline.check_gpu()
+    check_table(arguments.out or table_of(device))
+
+
+def check_table(path: Path) -> None:
+    """Raises InvalidArgument for a file that is not a table or cannot be written."""
+    commandline.check_out(path)
+    try:
+        read(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidArgument("out", str(path), f"a new file, or a table of tile configurations ({error})") from error
 
 
 def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     """0 if every configuration was right. The table is written after each shape."""
     path = arguments.out or table_of(device)
     form = Form(activation=arguments.activation, dtype=arguments.dtype, device=device, backend="cute")
-    names = arguments.shape or ([] if arguments.thiek else list(SHAPES))
-    named = shapes.named(names) + [shapes.parse_thiek(text) for text in arguments.thiek]
-    work = untuned(named, form, arguments.variant)
+    work = untuned(chosen_shapes(arguments), form, arguments.variant)
     clock, table, start = clock_of(device), read(path), time.perf_counter()
     wrong: list[str] = []
     settings = Settings(arguments.repeats, arguments.warm_seconds, state="settled")
@@ -256,5 +276,9 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     return 1 if wrong else 0
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(commandline.parsed(parser(), arguments, check)[0])
+
+
 if __name__ == "__main__":
-    sys.exit(run(parser().parse_args()))
+    sys.exit(main())

@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from perf import kernels, layers, roofline, shapes, tables, tune
+from perf import commandline, kernels, layers, roofline, tables, tune
 from perf.peers.cublas import Cublas
 from perf.problem import Form, Problem
 from perf.protocol import TOTAL, Case, Settings, clock_of, measure, simple
 from perf.session import brief
 from perf.shapes import Shape
+from sonicmoe import InvalidArgument
 from sonicmoe.configs.choice import gpu_key
 from sonicmoe.cute_kernels.variants import GemmSpec
 from sonicmoe.jit import compile as compiler
@@ -147,22 +148,34 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kernel", nargs="+", default=list(roofline.GEMMS), choices=roofline.GEMMS)
     p.add_argument("--layer", action="store_true", help="time a whole layer too, with these kernels")
     p.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    p.add_argument("--repeats", type=int, default=20)
-    p.add_argument("--warm-seconds", type=float, default=1.0)
-    p.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that compile")
+    p.add_argument("--repeats", type=commandline.count, default=20)
+    p.add_argument("--warm-seconds", type=commandline.amount, default=1.0)
+    jobs = max(1, (os.cpu_count() or 2) - 2)
+    p.add_argument("--jobs", type=commandline.count, default=jobs, help="processes that compile")
     return p
+
+
+def chosen_shapes(arguments: argparse.Namespace) -> list[Shape]:
+    names = arguments.shape or ([] if arguments.thiek else ["7b"])
+    return commandline.chosen_shapes(names, arguments.thiek)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises InvalidArgument for options that cannot be."""
+    chosen_shapes(arguments)
+    for tree in arguments.tree:
+        if not (tree / "src" / "sonicmoe").is_dir():
+            raise InvalidArgument("tree", repr(str(tree)), "a checkout, with src/sonicmoe in it")
+    commandline.check_gpu()
 
 
 def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     """0 if every tree's kernels could be compiled and were right."""
-    if not torch.cuda.is_available():
-        raise SystemExit("kernels are timed on a GPU, and there is none")
     form = Form(dtype=arguments.dtype, device=device, backend="cute")
     trees = list(dict.fromkeys(map(str, arguments.tree)))
     gpu, lines, failed = gpu_key(torch.cuda.get_device_name(device)), [], []
     settings = Settings(arguments.repeats, arguments.warm_seconds, state="settled")
-    names = arguments.shape or ([] if arguments.thiek else ["7b"])
-    for shape in shapes.named(names) + [shapes.parse_thiek(text) for text in arguments.thiek]:
+    for shape in chosen_shapes(arguments):
         wanted = gemms(shape, form, arguments.kernel)
         found: dict[str, dict[str, Kernel]] = {name: {} for name in wanted}
         for tree in trees:
@@ -188,5 +201,9 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     return 1 if failed or any(map(is_wrong, lines)) else 0
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(commandline.parsed(parser(), arguments, check)[0])
+
+
 if __name__ == "__main__":
-    sys.exit(run(parser().parse_args()))
+    sys.exit(main())

@@ -54,8 +54,8 @@ def chosen_size(arguments: argparse.Namespace, device: torch.device) -> Size:
     size = SIZES[arguments.size or ("base" if device.type == "cuda" else "small")]
     size = replace(size, **{k: v for k, v in vars(arguments).items() if k in asdict(size)})
     for name, value in asdict(size).items():
-        if value <= 0:
-            raise InvalidArgument(name, value, "more than 0")
+        if not 0 < value < 2**31:  # nor NaN
+            raise InvalidArgument(name, value, "more than 0 and less than 2^31")
     if arguments.every <= 0:
         raise InvalidArgument("every", arguments.every, "more than 0")
     if size.hidden % (2 * size.heads):
@@ -105,9 +105,10 @@ def chosen_device(name: str | None) -> torch.device:
     """The named device; without a name the GPU if there is one. Raises InvalidArgument for one that is not here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgument("device", repr(name), f"cpu, or cuda where torch sees one ({error})") from error
+        torch.zeros(1, device=device).item()  # meta has tensors, but not what is in them
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidArgument("device", repr(name), f"cpu, or cuda where torch sees one ({reason})") from error
     return device
 
 
@@ -119,11 +120,31 @@ def _texts(paths: Sequence[Path] | None) -> list[str] | None:
         raise InvalidArgument("text", str(error), "files that can be read") from error
 
 
+def chosen_corpus(paths: Sequence[Path] | None, context: int) -> Corpus:
+    """The text of the files, or of Python's. Raises InvalidArgument if it is too short, for any context or for this."""
+    corpus = load_corpus(_texts(paths))
+    shortest = min(map(len, corpus))
+    if shortest < 2:
+        found = f"{len(corpus.train)} bytes to train on and {len(corpus.held_out)} held out"
+        raise InvalidArgument("text", found, "two or more of both: every tenth block of 20 paragraphs is held out")
+    if context >= shortest:
+        name = "held-out" if shortest == len(corpus.held_out) else "training"
+        raise InvalidArgument("context", context, f"less than {shortest}, the {name} text")
+    return corpus
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**64:
+            raise InvalidArgument("seeds", seed, "what torch takes: at least -2^63 and less than 2^64")
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    device, corpus = chosen_device(arguments.device), load_corpus(_texts(arguments.text))
+    device = chosen_device(arguments.device)
     size = chosen_size(arguments, device)
-    if size.context >= len(corpus.held_out):
-        raise InvalidArgument("context", size.context, f"less than {len(corpus.held_out)}, the held-out text")
+    corpus = chosen_corpus(arguments.text, size.context)
+    _check_seeds(arguments.seeds)
+    report.check_folder(arguments.out)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{len(corpus.train)} bytes to train on, {len(corpus.held_out)} held out; on {name}\n"

@@ -41,7 +41,7 @@ def test_the_record_has_what_is_listed() -> None:
     assert set(record["kernels"]) == {aot.label(s) for s in aot.specs()}
     for name, resources in record["kernels"].items():
         assert resources["stack"] == 0 and "LDL" not in resources["opcodes"], name
-        assert resources["shared"] <= inspect.SHARED_MEMORY, name
+        assert resources["shared"] <= inspect.SHARED_MEMORY_IN_ALL, name
         if name.startswith("GemmSpec"):
             assert resources["opcodes"]["HGMMA"] >= 4 and len(resources["setmaxnreg"]) == 2, name
 
@@ -89,7 +89,7 @@ def test_accesses_before_the_wait_for_earlier_launches_are_counted() -> None:
         ({"opcodes": {"STL": 3, "ACQBULK": 2}}, "STL 3"),
         ({"opcodes": {"ACQBULK": 1}}, "does not wait"),
         ({"stack": 8}, "stack frame of 8"),
-        ({"shared": inspect.SHARED_MEMORY + 8}, "shared memory"),
+        ({"shared": inspect.SHARED_MEMORY_IN_ALL + 8}, "shared memory"),
         ({"setmaxnreg": (48, 232)}, "waits for ever"),
     ],
 )
@@ -136,6 +136,35 @@ def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     path.write_text(path.read_text().replace('"registers": ', '"registers": 9'))
     assert aot.main(only) == 1
     assert "registers" in capsys.readouterr().out
+
+
+def test_another_compilers_entries_are_not_kept_under_this_ones_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record has one version for all of its kernels."""
+    monkeypatch.setattr(aot, "compile_all", lambda *a: {"a": _result()})
+    path = tmp_path / "record.json"
+    before = json.dumps({"dsl": "0.0", "kernels": {"a": _result()["resources"], "b": _result()["resources"]}})
+    path.write_text(before)
+    update = ["--record", str(path), "--update"]
+    with pytest.raises(SystemExit) as stopped:
+        aot.main([*update, "--only", "topk"])
+    assert stopped.value.code == 2 and path.read_text() == before
+    assert "the record is of DSL 0.0" in capsys.readouterr().err.splitlines()[-1]
+    assert aot.main(update) == 0
+    assert list(json.loads(path.read_text())["kernels"]) == ["a"]
+    path.write_text(json.dumps({"dsl": "0.0", "kernels": {}}))
+    assert aot.main([*update, "--only", "topk"]) == 0
+
+
+def test_all_families_in_any_order_are_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "compile_all", lambda *a: {"a": _result()})
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"dsl": aot.dsl_version(), "kernels": {"old": _result()["resources"]}}))
+    every = ["--record", str(path), "--only", *reversed(aot.FAMILIES), "topk"]
+    assert aot.main(every) == 1, "one that is no longer compiled"
+    assert aot.main([*every, "--update"]) == 0
+    assert list(json.loads(path.read_text())["kernels"]) == ["a"]
 
 
 def test_a_spec_that_cannot_be_compiled_raises_before_the_compiler() -> None:

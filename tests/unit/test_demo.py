@@ -165,11 +165,30 @@ def test_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY_OPTIONS, "--routing", "topk", "--text", str(file), "--out", str(tmp_path)]) == 0
     corpus = load_corpus([file.read_text(errors="replace")])
     assert f"{len(corpus.train)} bytes to train on, {len(corpus.held_out)} held out" in capsys.readouterr().out
-    file.write_text("too little to hold anything out")
-    for path, said in ((file, "context: got 24, accepted less than 0"), (tmp_path / "nowhere", "text: got")):
-        with pytest.raises(SystemExit):
-            main([*TINY_OPTIONS, "--text", str(path), "--out", str(tmp_path)])
-        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "text: got [Errno"),
+        ("", "text: got 0 bytes to train on and 0 held out"),
+        ("too little to hold anything out", "text: got 31 bytes to train on and 0 held out"),
+        (
+            "\n\n".join(f"paragraph {i}" for i in range(181)),
+            "context: got 24, accepted less than 13, the held-out text",
+        ),
+        ("\n\n".join(map(str, (*range(180), 10**2000))), "context: got 900, accepted less than 788, the training text"),
+    ],
+    ids=["missing", "empty", "none held out", "short", "short to train on"],
+)
+def test_text_that_does_not_do(text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.txt"
+    if text is not None:
+        file.write_text(text)
+    context = ["--context", "900"] if "900" in said else []
+    with pytest.raises(SystemExit) as stopped:
+        main([*TINY_OPTIONS, *context, "--text", str(file), "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_spread_over_seeds() -> None:
@@ -201,6 +220,10 @@ def test_bar_on_a_terminal(
         (["--routing", "expert_choice"], "invalid choice: 'expert_choice'"),
         (["--context", "10000000"], "context: got 10000000"),
         (["--device", "abacus"], "device: got 'abacus'"),
+        (["--device", "meta"], "device: got 'meta'"),
+        (["--learning-rate", "nan"], "learning_rate: got nan"),
+        (["--learning-rate", "inf"], "learning_rate: got inf"),
+        (["--seeds", "0", "99999999999999999999999"], "seeds: got 99999999999999999999999"),
     ],
 )
 def test_bad_options(options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +231,16 @@ def test_bad_options(options: list[str], said: str, tmp_path: Path, capsys: pyte
         main([*TINY_OPTIONS, "--out", str(tmp_path), *options])
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["/proc/xx", __file__])
+def test_a_folder_that_cannot_be_is_told_before_training(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sonicmoe.__main__.train", lambda *a: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as stopped:
+        main([*TINY_OPTIONS, "--out", folder])
+    assert stopped.value.code == 2 and "out: got [Errno" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_help_names_every_size_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,18 @@ def test_compare_keeps_gpus_and_dtypes_apart(tmp_path: Path) -> None:
     assert compare.main([str(a), str(b)]) == 2
 
 
+@pytest.mark.parametrize("options", [["nowhere.csv"], ["a.csv", "--limit", "nan"], ["a.csv", "--limit", "-3"]])
+def test_compare_tells_what_it_cannot_read(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ledger.append(Path("a.csv"), [row(ms_p50=0.5)])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["a.csv", *options])
+    assert stopped.value.code == 2
+    assert ("nowhere.csv" if len(options) == 1 else "accepted a finite") in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_compare_keeps_protocols_apart() -> None:
     before = [row(ms_p50=0.5, protocol="settled"), row(ms_p50=0.7, protocol="alone", variant="down_proj")]
     after = [row(ms_p50=0.6, protocol="settled"), row(ms_p50=0.7, protocol="settled", variant="down_proj")]

@@ -102,6 +102,35 @@ def test_files_are_written_between_marks_only(tmp_path: Path) -> None:
     assert all(1000 < p.stat().st_size < 80_000 for p in (tmp_path / "plots").iterdir())
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ledger", "{}/resluts"], "ledger: got"),
+        (["--ledger", "{}/README.md"], "README.md, line 2: no row of a ledger"),
+        (["--ledger", "{}/results", "--gpu", "NVIDIA Tset"], "gpu: got 'NVIDIA Tset'"),
+        (["--ledger", "{}/results", "--gpu", "unusual"], "gpu: got 'unusual'"),
+        (["--ledger", "{}/empty"], "there is none"),
+    ],
+    ids=["no ledger", "not a ledger", "no such GPU", "nothing that tables show", "no rows"],
+)
+def test_tables_are_kept_where_there_is_nothing_to_put_there(
+    tmp_path: Path, options: list[str], said: str, check: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*synthetic(), row("7b", "sonicmoe", "both", 1.0, gpu="unusual", dtype="fp16")]
+    ledger.append(tmp_path / "results" / "x.csv", rows)
+    (tmp_path / "empty").mkdir()
+    readme, drawn = tmp_path / "README.md", tmp_path / "plots"
+    before = "<!-- perf:begin layers -->\npublished\n<!-- perf:end layers -->\n"
+    readme.write_text(before)
+    arguments = [*(o.format(tmp_path) for o in options), "--files", str(readme), "--plots", str(drawn)]
+    with pytest.raises(SystemExit) as stopped:
+        report.main([*arguments, *["--check"][: int(check)]])
+    assert stopped.value.code == 2 and readme.read_text() == before and not drawn.exists()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+    assert said in line
+
+
 def test_without_measurements_it_says_so(tmp_path: Path) -> None:
     text = "<!-- perf:begin layers -->\n<!-- perf:end layers -->\n"
     assert "Not measured on a GPU yet." in report.filled(text, [], "a GPU")

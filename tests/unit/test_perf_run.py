@@ -16,7 +16,7 @@ from perf.peers import scattermoe
 from perf.problem import Form
 from perf.roofline import KERNELS, PARTS
 from perf.what import breakdown, host, kernels, layers, router
-from sonicmoe import ops
+from sonicmoe import InvalidArgument, ops
 
 TINY = ["--device", "cpu", "--thiek", "48,32,16,8,2", "--repeats", "2", "--warm-seconds", "0", "--quiet"]
 
@@ -197,6 +197,67 @@ def test_arguments() -> None:
     assert run.form_of(parse(["--device", "cuda"])).backend == "cute"
     with pytest.raises(SystemExit):
         parse(["--what", "nothing"])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The last line of what is said."""
+    with pytest.raises(SystemExit) as stopped:
+        run.main([*TINY, *arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--thiek", "64,32,16,8"], "thiek: got '64,32,16,8'"),
+        (["--activation", "foo"], "activation: got 'foo'"),
+        (["--device", "foo"], "device: got 'foo'"),
+        (["--device", "meta"], "device: got 'meta'"),
+        (["--device", "cuda:99"], "device: got 'cuda:99'"),
+        (["--repeats", "0"], "--repeats: got 0"),
+        (["--repeats", "two"], "--repeats: invalid count value: 'two'"),
+        (["--tokens", "256", "0"], "--tokens: got 0"),
+        (["--tile-m", "-8"], "--tile-m: got -8"),
+        (["--warm-seconds", "inf"], "--warm-seconds: got inf"),
+        (["--skew", "nan"], "--skew: got nan"),
+        (["--out", "/proc/xx"], "out: got [Errno"),
+        (["--out", __file__], "out: got [Errno"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_measured(
+    tmp_path: Path,
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "run", lambda a: pytest.fail("it measures"))
+    assert said in refused(capsys, "--out", str(tmp_path), *options)
+
+
+def test_an_unknown_shape_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["nosuch"])
+    assert stopped.value.code == 2 and "shape: got 'nosuch'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_that_could_not_be_appended_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run.path_of(run.parser().parse_args([*TINY, "--out", str(tmp_path)]))
+    path.parent.mkdir()
+    path.write_text("other,columns\n")
+    assert "other columns" in refused(capsys, "--out", str(tmp_path))
+    assert path.read_text() == "other,columns\n"
+
+
+def test_only_options_are_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a measurement does not accept is a failure of that measurement."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise InvalidArgument("x", 1, "2")
+
+    monkeypatch.setattr(ops, "down_proj", refuse)
+    assert rows_of(tmp_path, "--what", "kernels", "--kernel", "down_proj", status=1) == []
 
 
 def test_router(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

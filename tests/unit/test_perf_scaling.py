@@ -60,6 +60,14 @@ def test_weights_of_fsdp() -> None:
     assert scaling.weights_ms(SHAPE, 16, LINKS) == pytest.approx(1e3 * 3 * weights * 0.75 / 4e9)
 
 
+def test_an_unknown_layer_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.csv").write_text("gpu\nT\n")
+    for options, said in ((["nosuch"], "shape: got 'nosuch'"), (["--ledger", str(tmp_path)], "no row of a ledger")):
+        with pytest.raises(SystemExit) as stopped:
+            scaling.main(options)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_table_is_of_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer = SHAPES["7b"]
     rows = [row(layer, 2.5), row(layer, 2.0, date="2026-01-02T00:00:00Z"), row(layer, 9.0, router=False)]
@@ -77,3 +85,9 @@ def test_the_table_is_of_what_was_measured(tmp_path: Path, capsys: pytest.Captur
     assert scaling.main(["--ledger", str(tmp_path), "7b", "olmoe"]) == 0
     said = capsys.readouterr().out
     assert "NVIDIA Test" in said and f"({links / 2:.1f}x)" in said and said.count("not measured yet") == 1
+
+
+def test_fewer_experts_than_gpus() -> None:
+    """All groups that have experts are visited by a token that goes to all."""
+    shape = Shape("few", 64, 16, 8, 4, 4)
+    assert scaling.visited(shape, 64) == scaling.visited(shape, 4) == 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from perf import kernels, tune
+from perf import commandline, kernels, tune
 from perf.problem import Form
 from perf.protocol import HostClock, Settings, Times
 from perf.roofline import GEMMS
@@ -107,8 +107,34 @@ def test_the_table_is_the_one_looked_up(tmp_path: Path, monkeypatch: pytest.Monk
     choice.tuned.cache_clear()
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="timed on a GPU"):
-        tune.run(tune.parser().parse_args([]))
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The last line of what is said."""
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "GPU: got none" in refused(capsys)
+
+
+def test_bad_options_are_told_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commandline, "check_gpu", lambda: None)
+    monkeypatch.setattr(tune, "run", lambda a: pytest.fail("it times"))
+    other = tmp_path / "other.json"
+    other.write_text('[{"variant": "up_proj"}]')
+    for options, said in (
+        (["nosuch"], "shape: got 'nosuch'"),
+        (["--thiek", "1,2"], "thiek: got '1,2'"),
+        (["--activation", "foo"], "activation: got 'foo'"),
+        (["--repeats", "0"], "--repeats: got 0"),
+        (["--jobs", "0"], "--jobs: got 0"),
+        (["--out", "/proc/xx/table.json"], "out: got [Errno"),
+        (["--out", str(tmp_path)], "out: got [Errno"),
+        (["--out", str(other)], "a table of tile configurations"),
+    ):
+        assert said in refused(capsys, *options), options

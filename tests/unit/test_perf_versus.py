@@ -104,3 +104,21 @@ def test_a_layer_runs_by_each_trees_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(cell.endswith("%") for line in lines for cell in line[2:]) and {len(line) for line in lines} == {4}
     turns = [launched.count({name: of[tree] for name, of in found.items()}) for tree in "ab"]
     assert min(turns) >= 3 and sum(turns) == len(launched) and not _gemm._replaced
+
+
+def test_bad_options_are_told_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(versus, "run", lambda a: pytest.fail("it compiles"))
+    tree = str(environment.ROOT)
+    for options, said in (
+        ([tree], "GPU: got none"),
+        ([tree, "--shape", "nosuch"], "shape: got 'nosuch'"),
+        ([tree, "--thiek", "1,2"], "thiek: got '1,2'"),
+        ([tree, "--repeats", "0"], "--repeats: got 0"),
+        ([tree, str(tmp_path)], f"tree: got '{tmp_path}'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            versus.main(options)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1], options

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from sonicmoe.demo.layer import Speed
 from sonicmoe.demo.train import Run
+from sonicmoe.errors import InvalidArgument
 
 MIB = 2**20
 
@@ -75,6 +77,15 @@ def speeds_table(speeds: Sequence[Speed]) -> str:
         for s in speeds
     ]
     return aligned(header, rows)
+
+
+def check_folder(folder: Path) -> None:
+    """Make it. Raises InvalidArgument if it cannot be made or written into: known before a training, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InvalidArgument("out", str(error), "a folder that can be made and written into") from error
 
 
 def save(runs: Sequence[Run], speeds: Sequence[Speed], text: str, setting: dict[str, object], folder: Path) -> Path:

@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sonicmoe.configs.tile import SHARED_MEMORY
+
 OPCODES = (
     "HGMMA UTMALDG UTMASTG LDGSTS LDSM STSM USETMAXREG LDL STL LDG STG LDS STS MUFU SHFL REDUX MATCH RED REDG ATOM "
     "ATOMG ATOMS SYNCS BAR FENCE ACQBULK PREEXIT"
 ).split()
 _GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|RED|REDG|ATOM|ATOMG)\b")
-SHARED_MEMORY = 232448  # of a block on sm_90, the reserved KiB included
 RESERVED = 1024
+SHARED_MEMORY_IN_ALL = SHARED_MEMORY + RESERVED
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Resources:
             found.append("a kernel does not wait, once, for the launches before it")
         if self.setmaxnreg and self.setmaxnreg[0] + 2 * self.setmaxnreg[1] > 3 * self.registers:
             found.append(f"setmaxnreg {self.setmaxnreg} of three times {self.registers}: waits for ever")
-        if self.shared > SHARED_MEMORY:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY} are there")
+        if self.shared > SHARED_MEMORY_IN_ALL:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY_IN_ALL} are there")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def dynamic_shared_memory(compiled: Any) -> int:
     for function in re.split(r"^\s*llvm\.func", str(compiled.ir_module), flags=re.MULTILINE):
         constants = dict(re.findall(r"(%\w+) = llvm\.mlir\.constant\((\d+) : i64\)", function))
         stored = re.findall(r"llvm\.store (%\w+), %\w+ : i64, !llvm\.ptr", function)
-        sizes += [n for s in stored if (n := int(constants.get(s, 0))) <= SHARED_MEMORY and n % 8 == 0]
+        sizes += [n for s in stored if (n := int(constants.get(s, 0))) <= SHARED_MEMORY_IN_ALL and n % 8 == 0]
     return max(sizes)
 
 
