@@ -40,7 +40,11 @@ class Activation:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise InvalidArgument("activation", repr(self.name), _ACCEPTED)
-        for constant, _ in self._constants():
+        for constant, value in self._constants():
+            try:  # numpy's numbers are written in another way
+                object.__setattr__(self, constant, float(value))
+            except (TypeError, ValueError):
+                raise InvalidArgument("activation", f"{constant}={value!r}", f"a number as {constant}") from None
             if self.name != "swiglu":
                 raise InvalidArgument("activation", f"{constant} for {self.name}", f"{constant} only for swiglu")
         if not (math.isfinite(self.alpha) and math.isfinite(self.up_offset)):

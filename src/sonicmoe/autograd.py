@@ -40,16 +40,15 @@ class Kept(NamedTuple):
 def forward_steps(
     run: Any,
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
+    weights: Sequence[Any],
     scores: Tensor,
     plan: Sequence[Any],
     form: Form,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o (T, H), and h (R, G*I) if kept. run: the ops, or their bodies; plan: of a Routing, cu_rows to cu_slots."""
+    """o (T, H), and h (R, G*I) if kept. run: the ops, or their bodies; weights: w1, w2, b1, b2; plan: of a Routing,
+    cu_rows to cu_slots."""
+    w1, w2, b1, b2 = weights
     cu_rows, row_token, _, slot_row, cu_slots = plan
     h, a = run.up_proj(x, w1, b1, cu_rows, row_token, form.activation, form.w1_layout, keep_h, form.backend)
     y = run.down_proj(a, w2, b2, cu_rows, form.backend)
@@ -86,7 +85,7 @@ class MoEExperts(torch.autograd.Function):
     ) -> Tensor:
         plan = (cu_rows, row_token, row_slot, slot_row, cu_slots)
         run = ops.steps(x, w1, w2, b1, b2, scores, *plan)
-        o, h = forward_steps(run, x, w1, w2, b1, b2, scores, plan, form, keep_h=True)
+        o, h = forward_steps(run, x, (w1, w2, b1, b2), scores, plan, form, keep_h=True)
         needs_x, needs_w1 = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_w1 else None, w1 if needs_x else None, w2, b2, h, scores, *plan)
         ctx.form, ctx.w1_grad, ctx.w2_grad = form, w1_grad, w2_grad
@@ -103,7 +102,7 @@ class MoEExperts(torch.autograd.Function):
         needs, sums = ctx.needs_input_grad[:6], (ctx.w1_grad, ctx.w2_grad)
         run = ops.steps(do, *kept, *sums)
         own_h = ctx.private and is_last(run)
-        return *backward_steps(run, do.contiguous(), kept, needs, ctx.form, *sums, own_h), *(None,) * 8
+        return *backward_steps(run, contiguous(run, do), kept, needs, ctx.form, *sums, own_h), *(None,) * 8
 
 
 def saves_privately() -> bool:
@@ -112,6 +111,11 @@ def saves_privately() -> bool:
     Not seen here: who reads `grad_fn.saved_tensors` or registers hooks for them there, and finds dh after the backward.
     """
     return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def contiguous(run: Any, do: Tensor) -> Tensor:
+    """An incoming gradient as the steps take it, copied once: it may be a view that begins at any element."""
+    return ops.aligned(do) if run is ops.bodies else do.contiguous()
 
 
 def is_last(run: Any) -> bool:

@@ -43,6 +43,14 @@ class ActivationType(str, Enum):
         return "relu2" if self is ActivationType.RELU_SQ else self.value
 
 
+def _activation(name: str, given: ActivationType | str) -> ActivationType:
+    try:
+        return ActivationType(given)
+    except ValueError:
+        accepted = f"one of {', '.join(a.value for a in ActivationType)}"
+        raise InvalidArgument(name, repr(given), accepted) from None
+
+
 _BACKENDS = {KernelBackendMoE.sonicmoe: "auto", KernelBackendMoE.torch: "torch"}
 
 
@@ -66,7 +74,7 @@ class MoE(sonicmoe.moe.MoE):
         add_bias: bool,
         std: float,
     ) -> None:
-        activation = ActivationType(activation_function)
+        activation = _activation("activation_function", activation_function)
         gated = activation in (ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.REGLU)
         super().__init__(
             num_experts,
@@ -168,7 +176,7 @@ def _experts(
     activation_type: ActivationType | str,
     concat_layout: bool,
 ) -> Tensor:
-    activation = ActivationType(activation_type)
+    activation = _activation("activation_type", activation_type)
     gated = activation.activation in ("swiglu", "geglu", "reglu")
     return moe_experts(
         x,

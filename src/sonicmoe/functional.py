@@ -38,7 +38,8 @@ def moe_experts(
     """The experts of a MoE layer: o[t] = sum over the rows r of token t of score[r] * (act(x w1[e]^T) w2[e]^T).
 
     Args:
-        x: (..., H), flattened to (T, H). A non-contiguous x is copied.
+        x: (..., H), flattened to (T, H). One that is not contiguous, or for the kernels does not begin at a multiple
+            of 16 bytes, is copied.
         w1: (E, 2*I, H) for a gated activation, (E, I, H) for a plain one; contiguous, in x's dtype and on its device.
         w2: (E, H, I), likewise.
         routing: of T tokens to E experts, from one of the `route_*` functions; differentiable in `routing.scores`.
@@ -56,28 +57,32 @@ def moe_experts(
         o, with x's shape and dtype: sums in fp32, rounded once per stored tensor (docs/numerics.md).
 
     Under torch.autocast x, weights and biases are cast to its dtype, as torch.nn.Linear does. Never synchronises with
-    the device (backend "torch" on a GPU does). One backward only: differentiating it again raises.
+    the device (backend "torch" on a GPU does). One backward only: differentiating it again raises, and so does
+    forward-mode differentiation.
 
     Raises:
         InvalidArgument: before anything is launched; the message says what came and what is accepted.
 
     Source: SonicMoE (arXiv 2512.14080), algorithms 2 and 3.
     """
+    if ops.has_forward_mode():
+        raise RuntimeError("sonicmoe.moe_experts has no forward-mode derivative (torch.func.jvp, dual numbers)")
     act = Activation.parse(activation)
     gated = act.gated
-    if x.dim() == 0:
-        raise InvalidArgument("x.shape", tuple(x.shape), "(..., H)")
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
-        x, w1, w2, b1, b2 = _autocast(torch.get_autocast_dtype(device_type), x, w1, w2, b1, b2)
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    _check_are_tensors(x=x, w1=w1, w2=w2, b1=b1, b2=b2, w1_grad=w1_grad, w2_grad=w2_grad)
+    if (dtype := autocast_dtype(x)) is not None and x.is_floating_point() and x.dtype is not torch.float64:
+        x, w1, w2, b1, b2 = _cast(dtype, x, w1, w2, b1, b2)
     check_layout(w1_layout, gated)
     check_tensors(x, w1, w2, b1, b2, gated)
-    _check_routing(routing, tokens, w1.shape[0])
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    check_routing(routing, tokens, w1.shape[0])
     _check_grad_buffers(w1, w2, w1_grad, w2_grad)
     backend = resolve_backend(backend, x, w2)
     if not tokens.is_contiguous():
         tokens = tokens.contiguous()
+    if backend == "cute" and not ops.is_traced((tokens, w1, w2, b1, b2)):
+        check_alignment(w1=w1, w2=w2, b1=b1, b2=b2, w1_grad=w1_grad, w2_grad=w2_grad)
+        tokens = ops.aligned(tokens)
     if routing.row_token.shape[0] == 0:
         # Nothing to multiply: the reference fills the zeros, and does not synchronise for that.
         backend = "torch"
@@ -94,11 +99,19 @@ def moe_experts(
         o = MoEExperts.apply(tokens, w1, w2, b1, b2, scores, *plan, w1_grad, w2_grad, form)
     else:
         run = ops.steps(tokens, w1, w2, b1, b2, scores, *plan)
-        o, _ = forward_steps(run, tokens, w1, w2, b1, b2, scores, plan, form, keep_h=False)
+        o, _ = forward_steps(run, tokens, (w1, w2, b1, b2), scores, plan, form, keep_h=False)
     return o if x.dim() == 2 else o.view(x.shape)
 
 
-def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast asks for on t's device; None without it."""
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     return [t if t is None else t.to(dtype) for t in tensors]
 
 
@@ -114,24 +127,34 @@ def check_layout(w1_layout: str, gated: bool) -> None:
         raise InvalidArgument("w1_layout", "'interleaved'", "'concat': a plain activation has no gate and up rows")
 
 
+def _check_are_tensors(x: Tensor, w1: Tensor, w2: Tensor, **others: Tensor | None) -> None:
+    for name, t in (("x", x), ("w1", w1), ("w2", w2), *((n, t) for n, t in others.items() if t is not None)):
+        if not isinstance(t, Tensor):
+            raise InvalidArgument(name, type(t).__name__, "a tensor")
+
+
 def check_tensors(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool) -> None:
     """Dtypes, devices, shapes and contiguity of everything but the routing."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise InvalidArgument("x.shape", tuple(x.shape), "(..., H) with H >= 1")
     dtype, device, hidden = x.dtype, x.device, x.shape[-1]
     if dtype not in _DTYPES:
         raise InvalidArgument("x.dtype", dtype, "bfloat16, float16, or with backend 'torch' float32 or float64")
-    if w2.dim() != 3 or w2.shape[1] != hidden:
-        raise InvalidArgument("w2.shape", tuple(w2.shape), f"(E, H, I) with H = {hidden}, as x.shape[-1]")
+    if w2.dim() != 3 or w2.shape[1] != hidden or w2.shape[0] == 0 or w2.shape[2] == 0:
+        accepted = f"(E, H, I) with H = {hidden}, as x.shape[-1], and E and I >= 1"
+        raise InvalidArgument("w2.shape", tuple(w2.shape), accepted)
     experts, inter = w2.shape[0], w2.shape[2]
     width = 2 * inter if gated else inter
-    _check_operand("w1", w1, (experts, width, hidden), dtype, device)
-    _check_operand("w2", w2, (experts, hidden, inter), dtype, device)
+    check_operand("w1", w1, (experts, width, hidden), dtype, device)
+    check_operand("w2", w2, (experts, hidden, inter), dtype, device)
     if b1 is not None:
-        _check_operand("b1", b1, (experts, width), dtype, device)
+        check_operand("b1", b1, (experts, width), dtype, device)
     if b2 is not None:
-        _check_operand("b2", b2, (experts, hidden), dtype, device)
+        check_operand("b2", b2, (experts, hidden), dtype, device)
 
 
-def _check_operand(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_operand(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """A weight, a bias or a buffer: shape, x's dtype and device, contiguity."""
     if t.shape != shape:
         of = "(E, 2*I or I, H), from w2 and the activation" if name == "w1" else "from x and w2"
         raise InvalidArgument(f"{name}.shape", tuple(t.shape), f"{shape}: {of}")
@@ -143,7 +166,8 @@ def _check_operand(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dt
         raise InvalidArgument(f"{name}.stride()", t.stride(), "contiguous: a copy of it per call would be silent")
 
 
-def _check_routing(routing: Routing, tokens: Tensor, experts: int) -> None:
+def check_routing(routing: Routing, tokens: Tensor, experts: int) -> None:
+    """Of these tokens to so many experts."""
     if not isinstance(routing, Routing):
         raise InvalidArgument(
             "routing", type(routing).__name__, "a sonicmoe.Routing, from one of the route_* functions"
@@ -181,11 +205,19 @@ def _check_vector(name: str, t: Tensor, length: int, dtype: torch.dtype, device:
 def _check_grad_buffers(w1: Tensor, w2: Tensor, w1_grad: Tensor | None, w2_grad: Tensor | None) -> None:
     for name, buffer, weight in (("w1_grad", w1_grad, w1), ("w2_grad", w2_grad, w2)):
         if buffer is not None:
-            _check_operand(name, buffer, tuple(weight.shape), torch.float32, weight.device)
+            check_operand(name, buffer, tuple(weight.shape), torch.float32, weight.device)
             if buffer.requires_grad:
                 raise InvalidArgument(
                     f"{name}.requires_grad", True, "False: it is added to in place, unseen by autograd"
                 )
+
+
+def check_alignment(**tensors: Tensor | None) -> None:
+    """The kernels read weights and biases in place, 16 bytes at a time; a view may begin in between."""
+    for name, t in tensors.items():
+        if t is not None and t.data_ptr() % ops.ALIGNMENT:
+            got = f"{t.data_ptr() % ops.ALIGNMENT} past a multiple of {ops.ALIGNMENT} bytes"
+            raise InvalidArgument(f"{name}.data_ptr()", got, f"a multiple of {ops.ALIGNMENT}, or backend='torch'")
 
 
 def resolve_backend(backend: str, x: Tensor, w2: Tensor) -> str:
@@ -202,7 +234,15 @@ def resolve_backend(backend: str, x: Tensor, w2: Tensor) -> str:
         raise InvalidArgument("backend", f"'cute' with x on {where}", "'cute' on compute capability 9.0 only")
     if x.dtype not in _CUTE_DTYPES:
         raise InvalidArgument("x.dtype", x.dtype, "bfloat16 or float16 for the kernels; cast it, or backend='torch'")
-    if x.shape[-1] % _MULTIPLE or w2.shape[2] % _MULTIPLE:
-        got = f"H = {x.shape[-1]}, I = {w2.shape[2]}"
+    hidden, (experts, _, inter) = x.shape[-1], w2.shape
+    if hidden % _MULTIPLE or inter % _MULTIPLE:
+        got = f"H = {hidden}, I = {inter}"
         raise InvalidArgument("x.shape, w2.shape", got, "H and I multiples of 8 for the kernels; or backend='torch'")
+    if hidden > ops.MAX_WIDTH or experts > ops.MAX_GROUPS:
+        accepted = f"H up to {ops.MAX_WIDTH}, E up to {ops.MAX_GROUPS} for the kernels; or backend='torch'"
+        raise InvalidArgument("x.shape, w2.shape", f"H = {hidden}, E = {experts}", accepted)
+    # A traced number of tokens is left alone: a bound on it would be a guard.
+    if not torch.compiler.is_compiling() and x.numel() > ops.MAX_GATHERED:
+        accepted = f"up to {ops.MAX_GATHERED} elements, 64 GiB, for the kernels; or backend='torch'"
+        raise InvalidArgument("x.shape", tuple(x.shape), accepted)
     return "cute"

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 
 from sonicmoe import ops
 from sonicmoe.activations import Activation
-from sonicmoe.autograd import Form, Kept, backward_steps, forward_steps, is_last, saves_privately
-from sonicmoe.functional import check_layout, check_tensors, resolve_backend
+from sonicmoe.autograd import Form, Kept, backward_steps, contiguous, forward_steps, is_last, saves_privately
+from sonicmoe.functional import check_alignment, check_layout, check_tensors, resolve_backend
 from sonicmoe.ops._once import once
 from sonicmoe.routing.token_rounding import TokenRounding
 from sonicmoe.routing.topk import Scoring, TopK
@@ -50,6 +50,7 @@ class Kind(NamedTuple):
 
     router: TopK | TokenRounding
     form: Form
+    training: bool  # whether a gradient is required
 
 
 _kinds: dict[Any, Kind | None] = {}
@@ -64,22 +65,28 @@ def is_seen(router: nn.Linear, x: Tensor, weights: Weights) -> bool:
         or "forward" in router.__dict__
         or torch._C._len_torch_function_stack() > 0
         or torch._C._is_any_autocast_enabled()
+        or ops.has_forward_mode()
         or ops.is_traced((x, *weights))
     )
 
 
-def kind_of(settings: Settings, x: Tensor, weights: Weights, training: bool) -> Kind | None:
+def kind_of(settings: Settings, x: Tensor, weights: Weights) -> Kind | None:
     """The kind of a layer that the kernels can do all of, else None. Raises InvalidArgument as `moe_experts` does.
 
     Found by all that it depends on: attributes and weights may be other ones at each call.
     """
-    of_weights = [None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in weights]
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
+    of_weights = [None if t is None else _form_of(t) for t in weights]
     key = (settings, training, x.shape[-1], x.dtype, x.device, *of_weights)
     try:
         return _kinds[key]
     except KeyError:
         kind = _kinds[key] = _checked(settings, x, weights, training)
         return kind
+
+
+def _form_of(weight: Tensor) -> tuple[Any, ...]:
+    return weight.shape, weight.dtype, weight.device, weight.is_contiguous(), weight.data_ptr() % ops.ALIGNMENT
 
 
 def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) -> Kind | None:
@@ -92,6 +99,7 @@ def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) ->
     like_x = router.dtype == x.dtype and router.device == x.device and router.is_contiguous()
     if resolve_backend(backend, x, w2) != "cute" or router.shape != (experts, hidden) or not like_x:
         return None
+    check_alignment(w1=w1, w2=w2, b1=b1, b2=b2)
     route: TopK | TokenRounding = TopK(k, Scoring(scoring, renormalize))
     if rounding is not None:
         route = TokenRounding(k, *rounding)
@@ -101,12 +109,12 @@ def _checked(settings: Settings, x: Tensor, weights: Weights, training: bool) ->
     biases, per_token = (b1 is not None, b2 is not None), k if rounding is None else None
     form = ops.Experts((experts, hidden, inter), x.dtype, activation, w1_layout, biases, per_token, training)
     ops.compile_layer(x.device.index, form, settings.router)
-    return Kind(route, Form(activation, w1_layout, "cute"))
+    return Kind(route, Form(activation, w1_layout, "cute"), training)
 
 
 def run(x: Tensor, weights: Weights, kind: Kind) -> tuple[Tensor, Tensor]:
     """o, of x's shape, and the load balancing loss. x contiguous, with 1 to MOST_TOKENS tokens."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+    if kind.training:
         o, loss = MoELayer.apply(x, *weights, kind)
         return o, loss
     o, loss, *_ = _forward(x, weights, kind, keep_h=False)
@@ -117,14 +125,14 @@ def _forward(
     x: Tensor, weights: Weights, kind: Kind, keep_h: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     """o, the loss, x as (T, H), what the experts' backward needs from h on, and the router's from the logits on."""
-    router, w1, w2, b1, b2 = weights
+    router, *of_experts = weights
     steps = ops.steps()
-    tokens = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    tokens = ops.aligned(x if x.dim() == 2 else x.view(-1, x.shape[-1]))
     logits = linear(tokens, router)
     (scores, *plan, _), own = kind.router.forward(steps, logits)
-    o, h = forward_steps(steps, tokens, w1, w2, b1, b2, scores, plan, kind.form, keep_h)
+    o, h = forward_steps(steps, tokens, of_experts, scores, plan, kind.form, keep_h)
     loss = steps.load_balance(logits, plan[0], kind.router.k, "cute")
-    if tokens is not x:
+    if x.dim() != 2:
         # Not `view`: a view among the results of a Function could not be changed in place.
         o = torch.ops.aten._unsafe_view.default(o, x.shape)
     return o, loss, tokens, (h, scores, *plan), (logits, *own)
@@ -170,7 +178,7 @@ def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor
     del saved[_OF_EXPERTS:]
     x, cu_rows = saved[_X], saved[_CU_ROWS]
     needs_x, needs_router, *needs_weights = ctx.needs_input_grad[:6]
-    (route, form), flat = ctx.kind, len(ctx.shape) == 2
+    (route, form, _), flat = ctx.kind, len(ctx.shape) == 2
     dx = drouter = dlogits = None
     of_weights: list[Tensor | None] = [None] * 4
     if dloss is not None:
@@ -179,7 +187,7 @@ def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor
         of_tokens = do if flat else do.reshape(-1, do.shape[-1])
         needs = (needs_x, *needs_weights, needs_x or needs_router)
         own_h = ctx.private and is_last(steps)
-        dx, *of_weights, dscores = backward_steps(steps, of_tokens.contiguous(), saved, needs, form, own_h=own_h)
+        dx, *of_weights, dscores = backward_steps(steps, contiguous(steps, of_tokens), saved, needs, form, own_h=own_h)
         if dscores is not None:
             dlogits = route.backward(steps, dlogits, dscores, logits, *own)
     if dlogits is not None and needs_router:

@@ -12,14 +12,10 @@ from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import BACKENDS, check_layout, moe_experts
 from sonicmoe.jit.target import is_hopper
 from sonicmoe.layer import Kind, Settings, Weights
-from sonicmoe.routing import Routing, load_balancing_loss, route_token_rounding, route_topk
+from sonicmoe.routing import RULES, SCORINGS, Routing, load_balancing_loss, route_token_rounding, route_topk
+from sonicmoe.routing.checks import check, check_integer, check_size
 
 ROUTINGS = ("topk", "token_rounding")
-
-
-def _check(name: str, got: object, holds: bool, accepted: str) -> None:
-    if not holds:
-        raise InvalidArgument(name, got, accepted)
 
 
 class MoE(nn.Module):
@@ -32,12 +28,14 @@ class MoE(nn.Module):
         add_bias: experts get b1 and b2, zero at first.
         std: standard deviation of the normal initialisation of router, w1 and w2.
         routing: "topk"; or "token_rounding", which rounds each expert's rows to multiples of tile_m while training (the
-            paper's section 5) and is plain top-K in eval mode.
+            paper's section 5) and is plain top-K in eval mode. With fewer tokens than tile_m it routes none.
         scoring, renormalize: of `route_topk`, for routing "topk". Token rounding fixes them: softmax over all experts,
             the top K renormalised, which in eval mode is scoring "topk_softmax".
         rule, tile_m: of `route_token_rounding`.
         w1_layout, backend: of `moe_experts`.
         device, dtype: of the parameters.
+
+    NaN logits count as -inf, as `route_topk` and the loss have it: a router that has become NaN gives zeros.
 
     Parameters: router.weight (E, H), w1 (E, 2*I or I, H), w2 (E, H, I), with add_bias b1 (E, 2*I or I) and b2 (E, H).
     """
@@ -64,17 +62,20 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = Activation.parse(activation_function)
-        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
-        for name, size in sizes.items():
-            _check(name, size, size >= 1, "at least 1")
+        check_size("num_experts", num_experts, 1)
+        check_size("hidden_size", hidden_size, 1)
+        check_size("intermediate_size", intermediate_size, 1)
+        check_integer("num_experts_per_tok", num_experts_per_tok)
         fits = 1 <= num_experts_per_tok <= num_experts
-        _check("num_experts_per_tok", num_experts_per_tok, fits, f"1 to num_experts = {num_experts}")
-        _check("routing", repr(routing), routing in ROUTINGS, f"one of {', '.join(ROUTINGS)}")
-        _check("backend", repr(backend), backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
+        check("num_experts_per_tok", num_experts_per_tok, fits, f"1 to num_experts = {num_experts}")
+        named = {"routing": (routing, ROUTINGS), "scoring": (scoring, SCORINGS), "rule": (rule, RULES)}
+        for name, (value, values) in {**named, "backend": (backend, BACKENDS)}.items():
+            check(name, repr(value), value in values, f"one of {', '.join(values)}")
+        check_size("tile_m", tile_m, 1)
         check_layout(w1_layout, self.activation.gated)
         if routing == "token_rounding":
-            _check("scoring", repr(scoring), scoring == "topk_softmax", "'topk_softmax' with token rounding")
-            _check("renormalize", renormalize, not renormalize, "False with token rounding, which does so by itself")
+            check("scoring", repr(scoring), scoring == "topk_softmax", "'topk_softmax' with token rounding")
+            check("renormalize", renormalize, not renormalize, "False with token rounding, which does so by itself")
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.std, self.routing, self.scoring, self.renormalize = std, routing, scoring, renormalize
@@ -151,7 +152,7 @@ class MoE(nn.Module):
         if layer.is_seen(router, x, weights):
             return None
         settings = Settings(self._routed, str(self.activation), self.w1_layout, self.backend)
-        kind = layer.kind_of(settings, x, weights, torch.is_grad_enabled())
+        kind = layer.kind_of(settings, x, weights)
         return None if kind is None else (weights, kind)
 
     def _compile_ahead(self, x: Tensor) -> None:
@@ -159,14 +160,20 @@ class MoE(nn.Module):
         cast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
-        training, act, router = torch.is_grad_enabled(), str(self.activation), self._routed
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
+        act, router = str(self.activation), self._routed
         per_token = router.k if router.rounding is None else None
         experts = ops.Experts(sizes, dtype, act, self.w1_layout, biases, per_token, training)
         ops.compile_layer(x.device.index, experts, router)
+
+    def _routing_repr(self) -> str:
+        if self.routing == "token_rounding":
+            return f"routing={self.routing}, rule={self.rule}, tile_m={self.tile_m}"
+        return f"routing={self.routing}, scoring={self.scoring}, renormalize={self.renormalize}"
 
     def extra_repr(self) -> str:
         return (
             f"experts={self.num_experts}, per_tok={self.num_experts_per_tok}, hidden={self.hidden_size}, "
             f"intermediate={self.intermediate_size}, activation={self.activation}, bias={self.b1 is not None}, "
-            f"routing={self.routing}, w1_layout={self.w1_layout}, backend={self.backend}"
+            f"{self._routing_repr()}, w1_layout={self.w1_layout}, backend={self.backend}"
         )

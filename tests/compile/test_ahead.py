@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,9 @@ def test_a_worker_that_hangs_is_not_waited_for_for_ever(folder: Path, monkeypatc
     with pytest.warns(UserWarning, match="compiles aggregate_sm_90a itself"):
         kernels.kernel(SPECS[0])
     assert _there(folder) == [True, False, False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nor for its other kernels
+        kernels.kernel(SPECS[1])
 
 
 def test_nothing_is_asked_for_twice_nor_what_is_there(folder: Path) -> None:

@@ -128,6 +128,23 @@ def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache.folder() == Path.home() / "elsewhere"
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: os.fspath(path))  # as it does then
+    monkeypatch.delenv(cache.VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache.folder() is None
+    monkeypatch.setenv(cache.VARIABLE, "/somewhere")
+    assert cache.folder() == Path("/somewhere")
+
+
+def test_a_folder_that_may_not_be_searched_has_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert not cache.is_there(SPEC, tmp_path)
+
+
 def _start(folder: str, counter: str, barrier: Any) -> None:
     """A rank: wait for the others, then ask for the kernel, and note if it was this rank that compiled it."""
     os.environ[cache.VARIABLE] = folder

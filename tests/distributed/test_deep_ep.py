@@ -93,6 +93,22 @@ def test_in_the_place_of_all_to_all(world: int) -> None:
     in_processes(world, in_the_place_of_all_to_all)
 
 
+def differentiated_twice(rank: int, world: int) -> None:
+    dispatcher = DeepEPInFp64(GlooBuffer(dist.group.WORLD), EXPERTS, PER_TOK)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    routing = route_topk(torch.randn(5, EXPERTS, dtype=torch.float64), PER_TOK)
+    there = dispatcher.dispatch(x, routing, "torch")
+    for of, leaf in ((there.tokens, x), (dispatcher.combine(there.tokens, there.handle), there.tokens)):
+        for loss in (of.sum(), of.square().sum()):
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True, retain_graph=True)
+            with pytest.raises(RuntimeError, match="DeepEP has no second derivative"):
+                (gradient.square().sum() + leaf.square().sum()).backward(retain_graph=True)
+
+
+def test_differentiating_twice_raises() -> None:
+    in_processes(2, differentiated_twice)
+
+
 def test_refuses_what_deep_ep_cannot_send() -> None:
     buffer: Any = SimpleNamespace(group=SimpleNamespace(size=lambda: 2))
     with pytest.raises(InvalidArgument, match="num_experts: got 5, accepted a multiple of 2 ranks"):

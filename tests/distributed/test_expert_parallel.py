@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from sonicmoe import InvalidArgument, Routing
 from sonicmoe.integrations.between import sum_rows
-from sonicmoe.integrations.distributed import ExpertParallel, Received, shard_moe
+from sonicmoe.integrations.distributed import ExpertParallel, ExpertParallelMoE, Received, _Exchange, shard_moe
 
 
 def fsdp(rank: int, world: int, num_experts: int) -> None:
@@ -195,6 +195,25 @@ def test_by_kernels() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     in_processes(2, by_kernels, backend="nccl")
+
+
+def exchanged_twice(rank: int, world: int) -> None:
+    sends, receives = [1, 2 + rank], [1, 1] if rank == 0 else [2, 3]
+    x = torch.randn(sum(sends), 3, dtype=torch.float64, requires_grad=True)
+    y = _Exchange.apply(x, sends, receives, dist.group.WORLD)
+    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    torch.testing.assert_close(second, 6 * x)
+
+
+def test_the_exchange_can_be_differentiated_twice() -> None:
+    in_processes(2, exchanged_twice)
+
+
+def test_x_without_hidden_raises() -> None:
+    for x in (torch.tensor(1.0), torch.zeros(3, HIDDEN + 1)):
+        with pytest.raises(InvalidArgument, match=r"x.shape: got \(.*\), accepted \(\.\.\., 16\)"):
+            ExpertParallelMoE.forward(build(2), x)  # type: ignore[arg-type]
 
 
 def test_only_a_moe_can_be_sharded() -> None:

@@ -103,6 +103,38 @@ def test_bad_arguments() -> None:
         experts_of_rows(given["x"], given["w1"], given["w2"], torch.tensor(COUNTS), given["scores"], "between")
     with pytest.raises(InvalidArgument, match="scores.shape"):
         experts_of_rows(given["x"], given["w1"], given["w2"], torch.tensor(COUNTS), given["scores"][:3])
+    for scores in (torch.ones(sum(COUNTS), dtype=torch.int64), torch.ones(sum(COUNTS), dtype=torch.bool)):
+        with pytest.raises(InvalidArgument, match="scores.dtype"):
+            experts_of_rows(given["x"], given["w1"], given["w2"], torch.tensor(COUNTS), scores)
+    with pytest.raises(InvalidArgument, match="x.shape"):
+        experts_of_rows(given["x"][0, 0], given["w1"], given["w2"], torch.tensor(COUNTS))
+
+
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_a_bias_that_does_not_fit_raises(placement: str) -> None:
+    """Also where it is added after the layer."""
+    given = leaves(sum(COUNTS))
+    arguments = (given["x"], given["w1"], given["w2"], torch.tensor(COUNTS), given["scores"], placement)
+    b2 = given["b2"].detach()
+    for bad, what in ((b2[:1], "shape"), (b2[:, :1].contiguous(), "shape"), (b2[0], "shape"), (b2.float(), "dtype")):
+        with pytest.raises(InvalidArgument, match=f"b2.{what}"):
+            experts_of_rows(*arguments, b2=bad)
+
+
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_scores_of_any_dtype_and_autocast(placement: str) -> None:
+    given = leaves(sum(COUNTS), torch.float32)
+    arguments = (given["x"], given["w1"], given["w2"], torch.tensor(COUNTS))
+    biases = (given["b1"], given["b2"])
+    want = experts_of_rows(*arguments, given["scores"], placement, *biases)
+    double = given["scores"].detach().double().requires_grad_()
+    o = experts_of_rows(*arguments, double, placement, *biases)
+    assert torch.equal(o, want)
+    o.sum().backward()
+    assert double.grad is not None and double.grad.dtype == torch.float64 and double.grad.any()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = experts_of_rows(*arguments, double, placement, *biases)
+    assert half.dtype == torch.bfloat16 and 1e-4 < relative(half, want) < 0.02
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -241,18 +273,30 @@ def test_megatron_main_grad(megatron: Any) -> None:
     seen = []
     for name, p in ours.named_parameters():
         p.grad, p.grad_added_to_main_grad = None, False
-        p.main_grad = torch.full(p.shape, 2.0)
+        p.main_grad, p.zero_out_wgrad = torch.full(p.shape, 2.0), name == "weight1"
 
         def ready(p: Any, name: str = name) -> None:
-            seen.append((name, p.grad_added_to_main_grad, p.main_grad.clone()))
+            added = getattr(p, "grad_added_to_main_grad", None)
+            seen.append((name, added, p.grad, p.main_grad.clone()))
 
         p.register_post_accumulate_grad_hook(ready)
     ours(*arguments)[0].sum().backward()
     assert sorted(name for name, *_ in seen) == ["weight1", "weight2"]
-    for name, added, main_grad in seen:
+    for name, added, dummy, main_grad in seen:
         assert added
+        # Zeros where they are asked for; else nothing is written.
+        assert not dummy.any() if name == "weight1" else dummy.isnan().all()
         torch.testing.assert_close(main_grad, 2.0 + want[name])
         assert not torch.equal(main_grad, torch.full_like(main_grad, 2.0))
+    (dummy,) = torch.autograd.grad(ours(*arguments)[0].sum(), ours.weight1, create_graph=True)
+    with pytest.raises(RuntimeError, match="GroupedExperts has no second derivative"):
+        dummy.sum().backward()
+    # Without Megatron's mark nobody would drop such a gradient.
+    for p in ours.parameters():
+        del p.grad_added_to_main_grad
+        p.grad = None
+    ours(*arguments)[0].sum().backward()
+    assert all(p.grad is None for p in ours.parameters())
 
 
 def test_megatron_sharded_state_dict(megatron: Any) -> None:

@@ -15,6 +15,7 @@ from scattermoe_like import MLP as TheirMLP
 from torch import Tensor, nn
 
 from sonicmoe import InvalidArgument
+from sonicmoe.integrations.recognise import recognise
 from sonicmoe.integrations.scattermoe import GLUMLP, MLP, convert, exchanged
 
 T, H, I, E, K = 13, 12, 10, 5, 2  # noqa: E741
@@ -123,9 +124,50 @@ def test_an_activation_that_is_changed_or_has_parameters() -> None:
     assert str(ours._recognised[1]) == "None"
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_dropout_in_the_activation_is_not_lost(converted: bool) -> None:
+    theirs, _ = pair(True, False, nn.Sequential(nn.SiLU(), nn.Dropout(0.5)))
+    ours = convert(theirs.eval())
+    if not converted:
+        ours = GLUMLP(H, I, E, K, activation=theirs.activation).double()
+        ours.load_state_dict(theirs.state_dict())
+    for training, fused in ((False, "swiglu"), (True, "None"), (False, "swiglu"), (True, "None")):
+        ours.train(training)
+        y = ours(*inputs())
+        assert str(ours._recognised[1]) == fused
+        assert torch.allclose(y, theirs.eval()(*inputs())) is not training
+
+
+def test_an_activation_whose_formula_is_changed() -> None:
+    theirs, ours = pair(False, False, nn.GELU())
+    assert str(ours._recognised[1]) == "gelu"
+    ours.activation.approximate = "tanh"
+    assert theirs.activation is ours.activation
+    torch.testing.assert_close(ours(*inputs()), theirs(*inputs()))
+    assert str(ours._recognised[1]) == "gelu_tanh"
+
+
+def test_recognising_draws_none_of_the_model_s_random_numbers() -> None:
+    before = torch.random.get_rng_state()
+    assert recognise(nn.Dropout(0.5), gated=False) is None
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), F.mish])
+def test_weights_of_any_dtype_and_meta_tensors(activation: Callable[[Tensor], Tensor]) -> None:
+    _, ours = pair(True, True, activation)
+    x, p, ids = inputs()
+    ours, x = ours.float(), x.float()
+    torch.testing.assert_close(ours(x, p, ids), ours(x, p.float(), ids), rtol=0, atol=0)
+    y = ours.to("meta")(x.to("meta"), p.to("meta"), ids.to("meta"))
+    assert y.is_meta and y.shape == x.shape
+
+
 def test_what_raises() -> None:
     with pytest.raises(InvalidArgument, match="activation"):
         MLP(H, I, E, K)
+    with pytest.raises(InvalidArgument, match="activation: got 'silu'"):
+        GLUMLP(H, I, E, K, activation="silu")  # type: ignore[arg-type]
     _, ours = pair(False, False, F.relu)
     x, p, ids = inputs()
     with pytest.raises(InvalidArgument, match="top_k"):
@@ -134,3 +176,5 @@ def test_what_raises() -> None:
     theirs.hidden_size = 7
     with pytest.raises(InvalidArgument, match="of ScatterMoE"):
         convert(theirs)
+    with pytest.raises(InvalidArgument, match="module: got Linear, accepted an MLP or a GLUMLP of ScatterMoE"):
+        convert(nn.Linear(2, 2))

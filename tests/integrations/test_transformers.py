@@ -246,6 +246,29 @@ def test_a_function_changed_later_is_recognised_again() -> None:
     compare(experts, inputs(experts, 15))
 
 
+def test_dropout_in_the_activation_is_not_lost() -> None:
+    experts = experts_module("mixtral")
+    experts.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+    for training, want in ((False, "swiglu"), (True, None), (False, "swiglu")):
+        assert adapter._activation(experts.train(training)) == want
+    experts.act_fn = nn.GELU()
+    assert adapter._activation(experts) == "geglu"
+    experts.act_fn.approximate = "tanh"
+    assert adapter._activation(experts) == "geglu_tanh"
+
+
+@pytest.mark.parametrize("activation", ["silu", "mish"])
+def test_weights_in_fp64_and_meta_tensors(activation: str) -> None:
+    experts = experts_module("mixtral", hidden_act=activation)
+    given = inputs(experts, 15)
+    double = given._replace(weights=given.weights.detach().double().requires_grad_())
+    for got, want in zip(run(experts, NAME, double), run(experts, NAME, given), strict=True):
+        assert error(got.to(want.dtype), want) < 1e-6
+    assert double.weights.grad is not None and double.weights.grad.dtype == torch.float64
+    o = experts.to("meta")(*(t.to("meta") for t in given))
+    assert o.is_meta and o.shape == given.x.shape
+
+
 class LargestTensor(TorchDispatchMode):
     """The number of elements of the largest floating tensor that anything makes."""
 

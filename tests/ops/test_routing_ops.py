@@ -114,3 +114,25 @@ def test_once_raises_where_it_is_differentiated() -> None:
     assert nothing is None
     with pytest.raises(RuntimeError, match="sonicmoe.f has no second derivative"):
         passed.sum().backward()
+
+
+def test_what_the_other_kernels_take() -> None:
+    """What they count in 32 bits ends before 2^31."""
+
+    def logits(tokens: int, experts: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(tokens, experts, dtype=dtype, device="meta")
+
+    assert ops.token_rounding_has_kernel(logits(1 << 20, 2040), 128, 1 << 26)
+    assert ops.token_rounding_has_kernel(logits(1 << 20, 8), 1 << 19, 1 << 23)
+    for refused in (
+        (logits(9, 2049), 128, 9),
+        (logits(9, 8, torch.float64), 128, 9),
+        (logits(1 << 21, 1024), 128, 1 << 26),
+        (logits(1 << 20, 8), (1 << 19) + 1, 1 << 23),
+        (logits(1 << 20, 8), 128, 1 << 30),
+        (logits((1 << 28) - (1 << 15), 8), 1, 1 << 28),  # slots and 8 for each token
+    ):
+        assert not ops.token_rounding_has_kernel(*refused)
+    ids = torch.empty((1 << 24) - 32, 128, dtype=torch.int32, device="meta")
+    assert ops.plan_has_kernel(ids, 16384) and not ops.plan_has_kernel(ids, 16385)
+    assert not ops.plan_has_kernel(torch.empty(1 << 24, 128, dtype=torch.int32, device="meta"), 4)

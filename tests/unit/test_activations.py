@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from strategies import oracle_activation
@@ -107,3 +108,11 @@ def test_extreme_inputs_give_no_nan(name: str) -> None:
     h = torch.cat((h, torch.ones_like(h)), dim=1) if activation.gated else h
     assert torch.isfinite(act(activation, h)).all()
     assert torch.isfinite(act_backward(activation, h, torch.ones_like(act(activation, h)))).all()
+
+
+def test_constants_are_numbers_of_any_kind() -> None:
+    limited = Activation("swiglu", limit=np.float32(7), alpha=1)
+    assert limited == Activation("swiglu", limit=7.0) == Activation.parse(str(limited))
+    for constant in ("1.7x", [1.0], None):
+        with pytest.raises(InvalidArgument, match="alpha"):
+            Activation("swiglu", alpha=constant)  # type: ignore[arg-type]

@@ -101,6 +101,15 @@ def test_module(activation: ActivationType) -> None:
         moe(x, KernelBackendMoE.scattermoe)
 
 
+def test_activations_that_it_does_not_have() -> None:
+    x, router, w1, b1, w2, b2 = weights()
+    views = (w1.permute(1, 2, 0), b1, w2.permute(1, 2, 0), b2)
+    with pytest.raises(InvalidArgument, match="activation_type: got 'geglu_tanh', accepted one of swiglu, "):
+        moe_TC_softmax_topk_layer(x, router, *views, K, 0, "geglu_tanh")
+    with pytest.raises(InvalidArgument, match="activation_function: got 'mish'"):
+        compat.MoE(E, K, H, I, "mish", add_bias=False, std=0.3)  # type: ignore[arg-type]
+
+
 def test_weights_that_are_no_permuted_views_raise() -> None:
     x, router, w1, b1, w2, b2 = weights()
     with pytest.raises(InvalidArgument, match="contiguous"):

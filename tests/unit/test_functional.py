@@ -50,6 +50,12 @@ def _to_meta(t: Tensor) -> Tensor:
 
 REFUSED = [
     ("a scalar x", _with(x=torch.tensor(1.0)), "x.shape: got ()"),
+    ("no tensor x", _with(x=[1.0]), "x: got list, accepted a tensor"),
+    ("an activation in b1's place", _with(b1="swiglu"), "b1: got str, accepted a tensor"),
+    ("a buffer that is none", _with(w1_grad=1), "w1_grad: got int, accepted a tensor"),
+    ("H = 0", _with(x=torch.ones(2, 3, 0), w2=torch.ones(E, 0, I)), "x.shape: got (2, 3, 0), accepted (..., H)"),
+    ("I = 0", _with(w2=torch.ones(E, H, 0)), "w2.shape: got (4, 16, 0)"),
+    ("E = 0", _with(w2=torch.ones(0, H, I)), "w2.shape: got (0, 16, 8)"),
     ("integer x", _with(x=torch.ones(T, H, dtype=torch.int32)), "x.dtype: got torch.int32"),
     ("complex x", _with(x=torch.ones(T, H, dtype=torch.complex64)), "x.dtype: got torch.complex64"),
     ("fp8 x", _with(x=torch.ones(T, H).to(torch.float8_e4m3fn)), "x.dtype: got torch.float8_e4m3fn"),
@@ -123,9 +129,12 @@ def _on_hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9
     """`resolve_backend` for tensors that are as on a GPU of this capability."""
     monkeypatch.setattr(target, "capability", lambda device: capability)
 
-    def resolve(backend: str, dtype: torch.dtype = torch.bfloat16, hidden: int = H, inter: int = I) -> str:
+    def resolve(
+        backend: str, dtype: torch.dtype = torch.bfloat16, hidden: int = H, inter: int = I, experts: int = E, tokens=T
+    ) -> str:
+        x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
         return sonicmoe.functional.resolve_backend(
-            backend, torch.empty(T, hidden, dtype=dtype), torch.empty(E, hidden, inter, dtype=dtype)
+            backend, x, torch.empty(experts, hidden, inter, dtype=dtype, device="meta")
         )
 
     return resolve
@@ -156,6 +165,45 @@ def test_multiples_of_8_on_hopper(hidden: int, inter: int, monkeypatch: pytest.M
     with pytest.raises(InvalidArgument, match=f"H = {hidden}, I = {inter}.*multiples of 8"):
         resolve("cute", hidden=hidden, inter=inter)
     assert resolve("torch", hidden=hidden, inter=inter) == "torch"
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"hidden": 65544}, {"experts": 1025}, {"hidden": 65536, "tokens": (1 << 19) + 1}], ids=str
+)
+def test_most_on_hopper(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = _on_hopper(monkeypatch)
+    with pytest.raises(InvalidArgument, match=r"x.shape.* up to .*backend='torch'"):
+        resolve("auto", **sizes)
+    assert resolve("torch", **sizes) == "torch"
+    assert resolve("auto", hidden=65536, experts=1024, tokens=1 << 19) == "cute"
+
+
+def test_weights_begin_where_16_bytes_do() -> None:
+    memory = torch.zeros(E * H * I + 8).bfloat16()
+    for start in (0, 8):
+        sonicmoe.functional.check_alignment(w2=memory[start : start + E * H * I].view(E, H, I), b1=None)
+    with pytest.raises(InvalidArgument, match=r"w2.data_ptr\(\): got 6 past a multiple of 16 bytes"):
+        sonicmoe.functional.check_alignment(b1=memory, w2=memory[3 : 3 + E * H * I].view(E, H, I))
+
+
+def test_forward_mode_raises() -> None:
+    arguments = _arguments()
+    x = arguments.pop("x")
+    for differentiate in (torch.func.jvp, _dual):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"), torch.no_grad():
+            differentiate(lambda t: moe_experts(t, **arguments), (x,), (x,))
+
+
+def _dual(function: Callable[[Tensor], Tensor], primals: tuple[Tensor], tangents: tuple[Tensor]) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(primals[0], tangents[0]))
+
+
+def test_on_meta_tensors() -> None:
+    arguments = {name: _to_meta(t) for name, t in _arguments().items() if isinstance(t, Tensor)}
+    routing = sonicmoe.route_topk(torch.empty(T, E, device="meta"), K)
+    o = moe_experts(**arguments, routing=routing)
+    assert o.shape == (T, H) and o.device.type == "meta"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])

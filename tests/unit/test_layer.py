@@ -361,12 +361,26 @@ def test_settings_and_weights_may_change_between_calls(seen: Seen) -> None:
     assert seen.take()[1] == 0
 
 
+def _shifted(t: Tensor) -> Tensor:
+    """The same values, one element further in memory than a multiple of 16 bytes."""
+    return t.detach().new_empty(t.numel() + 1)[1:].copy_(t.detach().flatten()).view_as(t)
+
+
+def test_rows_may_begin_anywhere(seen: Seen) -> None:
+    moe, x = _layer(), _x()
+    expected = _results(moe, x, _both)
+    given = _shifted(x).requires_grad_()
+    assert given.is_contiguous() and given.data_ptr() % 16 == 2
+    assert _same(_results(moe, given, _both), expected) and seen.take()[1] == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda moe: moe.float(), "w1.dtype: got torch.float32, accepted torch.bfloat16, as x"),
         (lambda moe: setattr(moe, "w2", nn.Parameter(moe.w2[:, :, :8].contiguous())), "w1.shape: got"),
         (lambda moe: setattr(moe, "w1", nn.Parameter(moe.w1.mT.contiguous().mT)), "w1.stride"),
+        (lambda moe: setattr(moe, "w2", nn.Parameter(_shifted(moe.w2))), "w2.data_ptr(): got 2 past"),
         (lambda moe: setattr(moe, "b2", nn.Parameter(moe.b2.float())), "b2.dtype: got torch.float32"),
     ],
 )

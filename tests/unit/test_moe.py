@@ -110,6 +110,11 @@ def test_scoring_is_passed_on(options: dict[str, Any]) -> None:
     [
         ({"num_experts_per_tok": 0}, "num_experts_per_tok: got 0, accepted 1 to num_experts = 8"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: got 9"),
+        ({"num_experts_per_tok": 2.0}, "num_experts_per_tok: got float, accepted an integer"),
+        ({"num_experts": "8"}, "num_experts: got str, accepted an integer"),
+        ({"tile_m": 0}, "tile_m: got 0, accepted at least 1"),
+        ({"rule": "coin"}, "rule: got 'coin', accepted one of nearest"),
+        ({"scoring": "argmax"}, "scoring: got 'argmax', accepted one of topk_softmax"),
         ({"hidden_size": 0}, "hidden_size: got 0"),
         ({"intermediate_size": -8}, "intermediate_size: got -8"),
         ({"routing": "expert_choice"}, "routing: got 'expert_choice', accepted one of topk, token_rounding"),
@@ -149,9 +154,12 @@ def test_no_tokens() -> None:
 
 
 def test_says_what_it_is() -> None:
-    text = repr(_module(activation_function=GPT_OSS, backend="torch"))
-    for part in ("experts=8", "per_tok=2", f"activation={GPT_OSS}", "routing=topk", "backend=torch"):
+    text = repr(_module(activation_function=GPT_OSS, backend="torch", scoring="sigmoid"))
+    for part in ("experts=8", "per_tok=2", f"activation={GPT_OSS}", "routing=topk, scoring=sigmoid", "backend=torch"):
         assert part in text
+    assert "routing=token_rounding, rule=down, tile_m=4" in repr(
+        _module(routing="token_rounding", rule="down", tile_m=4)
+    )
 
 
 def test_state_dict_and_copy() -> None:

@@ -105,6 +105,16 @@ def test_rows(rows: list[int], num_rows: int) -> None:
     assert routing.scores.tolist() == [1.0] * num_rows and routing.num_tokens == num_rows
 
 
+@pytest.mark.unpoisoned
+def test_scores_of_rows_whatever_the_default_dtype() -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert route_rows(torch.tensor([3, 1]), num_rows=4).scores.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
+
+
 BREAKAGES: dict[str, Callable[[Routing], Routing]] = {
     "cu_rows: ": lambda r: r._replace(cu_rows=r.cu_rows.flip(0).contiguous()),
     "cu_rows.dtype": lambda r: r._replace(cu_rows=r.cu_rows.long()),
@@ -148,6 +158,9 @@ def test_a_broken_routing_is_found(message: str) -> None:
         (lambda i, s: route_assigned(i, s.int(), num_experts=3), "scores.dtype: got torch.int32"),
         (lambda i, s: route_assigned(i, s.to("meta"), num_experts=3), "scores.device: got meta"),
         (lambda i, s: route_assigned(i, s, num_experts=0), "num_experts: got 0"),
+        (lambda i, s: route_assigned(i, s, num_experts=4.5), "num_experts: got float, accepted an integer"),
+        (lambda i, s: route_topk(s, True), "k: got bool, accepted an integer"),
+        (lambda i, s: route_topk(s, "2"), "k: got str, accepted an integer"),
         (lambda i, s: route_assigned(i, s / 0, num_experts=3, validate=True), "scores: got 8 NaN of 8"),
         (lambda i, s: route_pairs(i, i, s, num_tokens=1, num_experts=3), "token_ids.shape"),
         (lambda i, s: route_pairs(i[0], i[0, :1], s[0], num_tokens=1, num_experts=3), "expert_ids.shape"),

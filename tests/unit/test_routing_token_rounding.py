@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from routing_cases import logits_of_counts, skewed_logits, tied_logits
 from torch import Tensor
 
-from sonicmoe import InvalidArgument, Routing, ops, reference, route_token_rounding, route_topk
+from sonicmoe import (
+    InvalidArgument,
+    Routing,
+    load_balancing_loss,
+    ops,
+    reference,
+    route_token_rounding,
+    route_topk,
+)
 from sonicmoe.reference.token_rounding import packed, unpacked
 from sonicmoe.routing import RULES, check_invariants, round_counts, rounding_counts
 
@@ -323,3 +331,16 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument) as error:
         route_token_rounding(**{"logits": torch.zeros(4, 6), "k": 2} | options)
     assert message in str(error.value)
+
+
+def test_counts_and_loss_want_the_routing_of_their_logits() -> None:
+    logits = skewed_logits(16, 4)
+    for of in (lambda r: rounding_counts(r, logits, 2), lambda r: load_balancing_loss(logits, r, 2)):
+        for routing, message in (
+            (route_topk(logits[:8], 2), "routing.num_tokens: got 8"),
+            (route_topk(logits[:, :3], 2), "routing.num_experts: got 3"),
+            (None, "routing: got NoneType, accepted a sonicmoe.Routing"),
+        ):
+            with pytest.raises(InvalidArgument) as error:
+                of(routing)
+            assert message in str(error.value)

@@ -92,7 +92,8 @@ def _fitted(variant: str, groups: int, tile: TileConfig, halves: int) -> TileCon
 
 def gpu_key(name: str) -> str:
     """The table of a GPU, by the name that its driver gives it: "h100", "h200", or "" for one without a table."""
-    return next((key for key in ("h200", "h100") if key in name.lower()), "")
+    words = name.lower().split()
+    return next((key for key in ("h200", "h100") if key in words), "")
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 from .variants import ARCH
 
 MAX_EXPERTS = 16384
+MAX_SLOTS = (1 << 31) - (1 << 12)  # counted in 32 bits, a step past the last one included
 # Each CTA reads the counts of all chunks: with many experts fewer chunks keep that small.
 MAX_CHUNKS, MIN_CHUNKS = 128, 16
 CHUNK_COUNTS = 1 << 17

@@ -10,9 +10,10 @@ from .variants import ARCH
 
 # A token's logits are in the registers of a warp.
 MAX_EXPERTS = 2048
-# What is counted in 32 bits: pairs of tokens and experts, and twice the slots.
+# What is counted in 32 bits: pairs of tokens and experts; twice the slots and a tile; slots and 8 for each token.
 MAX_PAIRS = (1 << 31) - (1 << 18)
 MAX_SLOTS = (1 << 30) - (1 << 18)
+MAX_TILE_M = 1 << 19
 TILE = 32  # tokens in a mask
 RULES = ("nearest", "stochastic", "stochastic_mass", "balanced", "up", "down")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -56,8 +57,8 @@ class RoundingSpec:
         """None, or what is wrong."""
         if self.rule not in RULES:
             return f"rule = {self.rule!r} must be one of {', '.join(RULES)}"
-        if self.tile_m < 1:
-            return f"tile_m = {self.tile_m} must be at least 1"
+        if not 1 <= self.tile_m <= MAX_TILE_M:
+            return f"tile_m = {self.tile_m} must be 1 to {MAX_TILE_M}"
         if not 1 <= self.top <= self.experts:
             return f"top = {self.top} must be 1 to {self.experts}"
         return _why_invalid(self.experts, self.dtype)

@@ -17,10 +17,15 @@ from torch import Tensor
 
 from sonicmoe import ops
 from sonicmoe.errors import InvalidArgument
+from sonicmoe.functional import check_alignment, check_operand, check_routing
+from sonicmoe.ops._once import once
 from sonicmoe.reference.forward import scores_grad
 from sonicmoe.routing import Routing
 
 RowFunction = Callable[[Tensor], Tensor]
+
+# Whose second derivative an error says is missing.
+_NAME = "integrations.between.experts_with"
 
 
 def experts_with(
@@ -39,13 +44,11 @@ def experts_with(
 
     Args:
         function: h (R, N) -> a (R, I), where w1 is (E, N, H) in whatever order of rows the function expects.
-        x, w1, w2, routing, b1, b2: of `moe_experts`, but for N.
+        x, w1, w2, routing, b1, b2: of `moe_experts`, but for N, and x is (T, H).
         after_down: y (R, H) -> (R, H), before the scores.
         backend: "cute" or "torch".
     """
-    check_weight("w1", w1, x, backend)
-    if w2.dim() != 3 or w2.shape[1] != x.shape[-1]:
-        raise InvalidArgument("w2.shape", tuple(w2.shape), f"(E, H, I) with H = {x.shape[-1]}, as x.shape[-1]")
+    _check_experts(x, w1, w2, routing, b1, b2, backend)
     h = up_rows(x, w1, b1, routing, backend)
     a = function(h)
     check_weight("w2", w2, a, backend)
@@ -53,6 +56,23 @@ def experts_with(
     if after_down is not None:
         y = after_down(y)
     return combine(y, routing, backend)
+
+
+def _check_experts(
+    x: Tensor, w1: Tensor, w2: Tensor, routing: Routing, b1: Tensor | None, b2: Tensor | None, backend: str
+) -> None:
+    """Everything but w2's I, which `function` decides."""
+    if x.dim() != 2:
+        raise InvalidArgument("x.shape", tuple(x.shape), "(T, H)")
+    check_weight("w1", w1, x, backend)
+    experts, width, hidden = w1.shape
+    if w2.dim() != 3 or w2.shape[:2] != (experts, hidden):
+        raise InvalidArgument("w2.shape", tuple(w2.shape), f"({experts}, {hidden}, I): E as w1, H as x.shape[-1]")
+    for name, b, rows in (("b1", b1, width), ("b2", b2, hidden)):
+        if b is not None:
+            check_operand(name, b, (experts, rows), x.dtype, x.device)
+            _check_start(name, b, backend)
+    check_routing(routing, x, experts)
 
 
 def check_weight(name: str, w: Tensor, rows: Tensor, backend: str) -> None:
@@ -65,6 +85,12 @@ def check_weight(name: str, w: Tensor, rows: Tensor, backend: str) -> None:
             raise InvalidArgument(f"{name}.stride()", w.stride(), "contiguous: a copy of it per call would be silent")
         if w.shape[1] % 8 or w.shape[2] % 8:
             raise InvalidArgument(f"{name}.shape", tuple(w.shape), "(E, N, K), N and K multiples of 8 for the kernels")
+        _check_start(name, w, backend)
+
+
+def _check_start(name: str, t: Tensor, backend: str) -> None:
+    if backend == "cute" and not ops.is_traced((t,)):
+        check_alignment(**{name: t})
 
 
 def up_rows(x: Tensor, w1: Tensor, b1: Tensor | None, routing: Routing, backend: str) -> Tensor:
@@ -75,7 +101,8 @@ def up_rows(x: Tensor, w1: Tensor, b1: Tensor | None, routing: Routing, backend:
 
 def gather_rows(x: Tensor, routing: Routing, num_rows: int, backend: str) -> Tensor:
     """x[row_token] (num_rows, H) of the first rows. Its gradient is summed row by row in order, not by atomics."""
-    return Gather.apply(x, routing.row_token[:num_rows], routing.slot_row, routing.cu_slots, backend)
+    row_token = routing.row_token[:num_rows]
+    return Gather.apply(x, row_token, routing.slot_row, routing.cu_slots, backend)
 
 
 def sum_rows(rows: Tensor, routing: Routing, backend: str) -> Tensor:
@@ -91,9 +118,17 @@ def combine(y: Tensor, routing: Routing, backend: str) -> Tensor:
 
 
 def _without_padding(rows: Tensor, cu_rows: Tensor) -> Tensor:
-    """Kernels leave the padding unwritten, and the caller's functions may have parameters that sum over rows."""
+    """In place, for rows that only the caller holds: fill the padding with zeros.
+
+    Kernels leave it unwritten, and the functions between may have parameters that sum over rows.
+    """
     row = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    return rows.masked_fill((row >= cu_rows[-1]).unsqueeze(1), 0)
+    return rows.masked_fill_((row >= cu_rows[-1]).unsqueeze(1), 0)
+
+
+def _as_read(t: Tensor) -> Tensor:
+    """t as the ops read it: contiguous, and for kernels from an aligned address on. A copy only of odd views."""
+    return t.contiguous() if ops.is_traced((t,)) else ops.aligned(t)
 
 
 class UpProjection(torch.autograd.Function):
@@ -111,6 +146,7 @@ class UpProjection(torch.autograd.Function):
         cu_slots: Tensor | None,
         backend: str,
     ) -> Tensor:
+        x = _as_read(x)
         ctx.save_for_backward(x, w1, cu_rows, row_token, slot_row, cu_slots)
         ctx.backend = backend
         # The op has no plain product: its activated output is dropped.
@@ -118,10 +154,13 @@ class UpProjection(torch.autograd.Function):
         return _without_padding(h, cu_rows)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        return once(_NAME, UpProjection._gradients, ctx, dh)
+
+    @staticmethod
+    def _gradients(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, cu_rows, row_token, slot_row, cu_slots = ctx.saved_tensors
-        dh, backend = dh.contiguous(), ctx.backend
+        dh, backend = _as_read(dh), ctx.backend
         dx = dw1 = db1 = None
         if ctx.needs_input_grad[0]:
             dx_rows = ops.up_dgrad(dh, w1, cu_rows, "concat", backend)
@@ -138,16 +177,19 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, b: Tensor | None, cu_rows: Tensor, backend: str) -> Tensor:
-        a = a.contiguous()
+        a = _as_read(a)
         ctx.save_for_backward(a, w, cu_rows)
         ctx.backend = backend
         return _without_padding(ops.down_proj(a, w, b, cu_rows, backend), cu_rows)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return once("integrations.between.GroupedLinear", GroupedLinear._gradients, ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         a, w, cu_rows = ctx.saved_tensors
-        dy, backend = dy.contiguous(), ctx.backend
+        dy, backend = _as_read(dy), ctx.backend
         da = dw = db = None
         # Grouped products alike, whatever their names: rows by a weight (E, N, K), and rows by rows.
         if ctx.needs_input_grad[0]:
@@ -161,22 +203,19 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """rows[r] = x[row_token[r]]."""
+    """rows[r] = x[row_token[r]]. The transpose of `Sum`: each is the other's gradient, as often as is asked for."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, row_token: Tensor, slot_row: Tensor, cu_slots: Tensor | None, backend: str
     ) -> Tensor:
-        ctx.save_for_backward(slot_row, cu_slots)
+        ctx.save_for_backward(row_token, slot_row, cu_slots)
         ctx.num_tokens, ctx.backend = x.shape[0], backend
         return x.index_select(0, row_token)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-        slot_row, cu_slots = ctx.saved_tensors
-        dx, _ = ops.aggregate(drows.contiguous(), None, None, slot_row, cu_slots, ctx.num_tokens, ctx.backend)
-        return dx, None, None, None, None
+        return (Sum.apply(drows, *ctx.saved_tensors, ctx.num_tokens, ctx.backend),) + (None,) * 4
 
 
 class Sum(torch.autograd.Function):
@@ -192,15 +231,14 @@ class Sum(torch.autograd.Function):
         num_tokens: int,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(row_token)
-        o, _ = ops.aggregate(rows.contiguous(), None, None, slot_row, cu_slots, num_tokens, backend)
+        ctx.save_for_backward(row_token, slot_row, cu_slots)
+        ctx.backend = backend
+        o, _ = ops.aggregate(_as_read(rows), None, None, slot_row, cu_slots, num_tokens, backend)
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        (row_token,) = ctx.saved_tensors
-        return (do.index_select(0, row_token),) + (None,) * 5
+        return (Gather.apply(do, *ctx.saved_tensors, ctx.backend),) + (None,) * 5
 
 
 class Combine(torch.autograd.Function):
@@ -219,14 +257,17 @@ class Combine(torch.autograd.Function):
         num_tokens: int,
         backend: str,
     ) -> Tensor:
-        y = y.contiguous()
+        y = _as_read(y)
         ctx.save_for_backward(y, scores, cu_rows, row_token, row_slot, slot_row)
         o, _ = ops.aggregate(y, scores, None, slot_row, cu_slots, num_tokens, backend)
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        return once(_NAME, Combine._gradients, ctx, do)
+
+    @staticmethod
+    def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         y, scores, cu_rows, row_token, row_slot, slot_row = ctx.saved_tensors
         dy = dscores = None
         do_rows = _without_padding(do.index_select(0, row_token), cu_rows).to(scores.dtype)

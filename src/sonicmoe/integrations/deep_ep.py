@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.integrations.distributed import Received
+from sonicmoe.ops._once import once
 from sonicmoe.routing import Routing
 
 
@@ -99,6 +100,10 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dscores: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return once("integrations.deep_ep.DeepEP", _Dispatch._gradients, ctx, drows, dscores)
+
+    @staticmethod
+    def _gradients(ctx: Any, drows: Tensor, dscores: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweights, _ = ctx.of.buffer.combine(drows.contiguous(), ctx.handle, dscores.contiguous())
         return dx, dweights, None, None
 
@@ -113,5 +118,9 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        return once("integrations.deep_ep.DeepEP", _Combine._gradients, ctx, do)
+
+    @staticmethod
+    def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         rows, *_ = ctx.of.buffer.dispatch(do.contiguous(), num_experts=ctx.of.num_experts, handle=ctx.handle)
         return rows, None, None

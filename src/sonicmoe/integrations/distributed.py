@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import moe_experts, resolve_backend
 from sonicmoe.integrations.between import gather_rows, sum_rows
+from sonicmoe.integrations.operands import as_autocast
 from sonicmoe.moe import MoE
 from sonicmoe.routing import Routing, load_balancing_loss, route_assigned
 
@@ -93,17 +94,13 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, rows: Tensor, send_sizes: list[int], receive_sizes: list[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.send_sizes, ctx.receive_sizes, ctx.group = send_sizes, receive_sizes, group
-        return _exchange(rows, send_sizes, receive_sizes, group)
+        out = rows.new_empty((sum(receive_sizes), *rows.shape[1:]))
+        dist.all_to_all_single(out, rows.contiguous(), receive_sizes, send_sizes, group=group)
+        return out
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(drows, ctx.receive_sizes, ctx.send_sizes, ctx.group), None, None, None
-
-
-def _exchange(rows: Tensor, send_sizes: list[int], receive_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = rows.new_empty((sum(receive_sizes), *rows.shape[1:]))
-    dist.all_to_all_single(out, rows.contiguous(), receive_sizes, send_sizes, group=group)
-    return out
+        return _Exchange.apply(drows, ctx.receive_sizes, ctx.send_sizes, ctx.group), None, None, None
 
 
 class ExpertParallelMoE(MoE):
@@ -113,7 +110,7 @@ class ExpertParallelMoE(MoE):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., H) of this rank -> o, of its shape and dtype, and this rank's load balancing loss."""
-        if x.shape[-1] != self.hidden_size:
+        if x.shape[-1:] != (self.hidden_size,):
             raise InvalidArgument("x.shape", tuple(x.shape), f"(..., {self.hidden_size})")
         tokens = x.reshape(-1, self.hidden_size)
         logits = self.router(tokens)
@@ -123,9 +120,8 @@ class ExpertParallelMoE(MoE):
 
     def _experts(self, x: Tensor, routing: Routing) -> Tensor:
         w1, w2, b1, b2 = [_local(p) for p in (self.w1, self.w2, self.b1, self.b2)]
-        if torch.is_autocast_enabled(x.device.type):
-            # Before the rows travel, so that they travel in its dtype.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # Before the rows travel, so that they travel in its dtype.
+        (x,) = as_autocast(x)
         backend = resolve_backend(self.backend, x, w2)
         received = self.dispatcher.dispatch(x, routing, backend)
         o = received.tokens

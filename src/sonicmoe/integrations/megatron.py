@@ -19,6 +19,7 @@ from sonicmoe.activations import Activation
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.integrations.recognise import recognise
 from sonicmoe.integrations.rows import experts_of_rows
+from sonicmoe.ops._once import once
 
 # What would change the mathematics or the layout and is not done here: the value that each must have.
 _REQUIRED = {
@@ -154,7 +155,16 @@ class _Announce(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor, None]:
-        # Megatron drops .grad where this is set, so the gradient that wakes its hooks may hold anything.
-        ctx.parameter.grad_added_to_main_grad = True
-        return torch.zeros_like(ctx.parameter), None
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return once("integrations.megatron.GroupedExperts", _Announce._gradients, ctx)
+
+    @staticmethod
+    def _gradients(ctx: Any) -> tuple[Tensor | None, None]:
+        # As Megatron's own linear layers do. Its hooks want a gradient, and drop it where the mark is set, so it may
+        # hold anything; but they add it to main_grad where zeros are asked for.
+        parameter = ctx.parameter
+        if not hasattr(parameter, "grad_added_to_main_grad"):
+            return None, None
+        parameter.grad_added_to_main_grad = True
+        zeros = getattr(parameter, "zero_out_wgrad", False)
+        return torch.zeros_like(parameter) if zeros else torch.empty_like(parameter), None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sonicmoe.activations import GATED, PLAIN, Activation
 from sonicmoe.reference.activation import act, act_backward
@@ -38,7 +38,8 @@ def recognise(
     numbers = [float(c) for c in constants]
     positive = [c for c in numbers if c > 0]
     # Tensors made in inference mode could not be differentiated.
-    with torch.inference_mode(False), torch.device("cpu"):
+    # A function that draws random numbers, such as dropout, must not draw the model's.
+    with torch.inference_mode(False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         h = _grid(gated, positive)
         try:
             theirs = _value_and_slope(function, h, interleaved)
@@ -53,6 +54,18 @@ def recognise(
             if all(_agree(*pair, slack) for pair in zip(ours, theirs, strict=True)):
                 return activation
     return None
+
+
+def state_of(function: object) -> tuple[object, ...]:
+    """What a module's formula may change with: its parts, whether they train, their numbers and names. Else empty."""
+    if not isinstance(function, nn.Module):
+        return ()
+    return tuple([(part, *_settings(part)) for part in function.modules()])
+
+
+def _settings(part: nn.Module) -> list[object]:
+    """Of GELU `approximate`, of LeakyReLU `negative_slope`, of everything `training`."""
+    return [value for value in part.__dict__.values() if isinstance(value, int | float | str)]
 
 
 def _candidates(gated: bool, limits: Iterable[float], alphas: Iterable[float]) -> list[Activation]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sonicmoe.activations import Activation
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.functional import moe_experts
+from sonicmoe.functional import check_operand, moe_experts
+from sonicmoe.integrations.operands import as_autocast, scores_for
 from sonicmoe.routing import route_rows
 
 PLACEMENTS = ("after", "before")
@@ -34,7 +35,7 @@ def experts_of_rows(
     Args:
         x: (R, H), sorted by expert. R may be 0, and may exceed the sum of the counts.
         rows_per_expert: (E,) int32 or int64, on x's device.
-        scores: (R,) floating, differentiable; None: 1.
+        scores: (R,) of any floating dtype, used in fp32 (fp64 where x is); differentiable. None: 1.
         placement: where a row's score s multiplies: "after": s * (a w2^T + b2); "before": (s * a) w2^T + b2. The two
             differ only by b2.
         others: of `moe_experts`.
@@ -45,13 +46,17 @@ def experts_of_rows(
     """
     if placement not in PLACEMENTS:
         raise InvalidArgument("placement", repr(placement), f"one of {', '.join(PLACEMENTS)}")
+    if x.dim() != 2:
+        raise InvalidArgument("x.shape", tuple(x.shape), "(R, H)")
+    x, w1, w2, b1, b2 = as_autocast(x, w1, w2, b1, b2)
     routing = route_rows(rows_per_expert, num_rows=x.shape[0])
     if scores is not None:
         if scores.shape != routing.scores.shape:
             raise InvalidArgument("scores.shape", tuple(scores.shape), f"({x.shape[0]},), one for each row of x")
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        routing = routing._replace(scores=scores.to(dtype).masked_fill(routing.slot_row < 0, 0))
+        routing = routing._replace(scores=scores_for(x, scores).masked_fill(routing.slot_row < 0, 0))
     unweighted_bias = b2 is not None and scores is not None and placement == "before"
+    if b2 is not None and unweighted_bias:
+        check_operand("b2", b2, (rows_per_expert.shape[0], x.shape[1]), x.dtype, x.device)
     o = moe_experts(
         x,
         w1,
@@ -70,4 +75,4 @@ def experts_of_rows(
     row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     expert = torch.searchsorted(routing.cu_rows[1:].contiguous(), row, right=True)
     # A zero row at the end, for the rows beyond the counts.
-    return o + torch.nn.functional.pad(b2, (0, 0, 0, 1)).index_select(0, expert).to(o.dtype)
+    return o + torch.nn.functional.pad(b2, (0, 0, 0, 1)).index_select(0, expert)

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sonicmoe.activations import Activation
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import moe_experts, resolve_backend
 from sonicmoe.integrations.between import experts_with
-from sonicmoe.integrations.recognise import recognise
+from sonicmoe.integrations.operands import as_autocast, scores_for
+from sonicmoe.integrations.recognise import recognise, state_of
 from sonicmoe.routing import route_assigned
+
+# What `convert` reads of a layer.
+_READ = ("experts", "output_experts", "input_size", "hidden_size", "num_experts", "top_k", "activation")
 
 
 def exchanged(t: Tensor) -> Tensor:
@@ -87,35 +90,33 @@ class MLP(nn.Module):
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if activation is None:
-            raise InvalidArgument("activation", None, "a function of tensors, such as torch.nn.GELU()")
+        if not callable(activation):
+            raise InvalidArgument("activation", repr(activation), "a function of tensors, such as torch.nn.GELU()")
         self.num_experts, self.top_k = num_experts, min(top_k, num_experts)
         self.input_size, self.hidden_size = input_size, hidden_size
         up, width = (_GateAndUp, 2 * hidden_size) if self.gated else (ParallelExperts, hidden_size)
         self.experts = up(num_experts, input_size, width, bias)
         self.output_experts = ParallelExperts(num_experts, hidden_size, input_size, bias)
         self.activation = activation
-        self._recognised = (activation, self._recognise())
+        self._recognised = (self._formula(), _recognised(self))
 
     def forward(self, x: Tensor, expert_p: Tensor, expert_idxs: Tensor) -> Tensor:
         """x (..., H), weights and ids of its experts (T, K) -> (..., H). Ids that are no expert's are skipped."""
         if expert_idxs.shape[-1] != self.top_k:
             raise InvalidArgument("expert_idxs.shape", tuple(expert_idxs.shape), f"(T, {self.top_k}), top_k last")
         tokens, ids = x.reshape(-1, x.shape[-1]), expert_idxs.reshape(-1, self.top_k)
-        routing = route_assigned(ids, expert_p.reshape(-1, self.top_k), num_experts=self.num_experts)
         w1: Tensor = self.experts.weight
         w2: Tensor = self.output_experts.weight
         b1: Tensor | None = self.experts.bias
         b2: Tensor | None = self.output_experts.bias
-        if self._recognised[0] is not self.activation:
-            self._recognised = (self.activation, self._recognise())
+        tokens, w1, w2, b1, b2 = as_autocast(tokens, w1, w2, b1, b2)
+        p = scores_for(tokens, expert_p.reshape(-1, self.top_k))
+        routing = route_assigned(ids, p, num_experts=self.num_experts)
+        if self._recognised[0] != (formula := self._formula()):
+            self._recognised = (formula, _recognised(self))
         fused = self._recognised[1]
         if fused is not None:
             return moe_experts(tokens, w1, w2, routing, b1, b2, activation=fused).view(x.shape)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            tokens, w1, w2 = tokens.to(dtype), w1.to(dtype), w2.to(dtype)
-            b1, b2 = b1 if b1 is None else b1.to(dtype), b2 if b2 is None else b2.to(dtype)
         backend = resolve_backend("auto", tokens, w2)
         return experts_with(self._between, tokens, w1, w2, routing, b1, b2, backend=backend).view(x.shape)
 
@@ -126,17 +127,20 @@ class MLP(nn.Module):
         gate, up = h.chunk(2, dim=-1)
         return self.activation(gate) * up
 
-    def _recognise(self) -> Activation | None:
-        if isinstance(self.activation, nn.Module) and any(True for _ in self.activation.parameters()):
-            return None
-        return recognise(self._between, self.gated)
+    def _formula(self) -> tuple[object, ...]:
+        """What recognition depends on."""
+        return self.activation, *state_of(self.activation)
 
     def extra_repr(self) -> str:
         return f"k={self.top_k}"
 
 
 class GLUMLP(MLP):
-    """y = sum over a token's experts of p * ((activation(x w_gate^T) * x w_up^T) w2^T); arguments as of `MLP`."""
+    """y = sum over a token's experts of p * ((activation(x w_gate^T) * x w_up^T) w2^T); arguments as of `MLP`.
+
+    What `state_dict` returns of `experts` is a copy, its halves exchanged: to change parameters in place, or for
+    `torch.func.functional_call`, take `named_parameters`.
+    """
 
     gated = True
 
@@ -152,10 +156,20 @@ class GLUMLP(MLP):
         super().__init__(input_size, hidden_size, num_experts, top_k, bias, activation or nn.SiLU())
 
 
+@torch.compiler.assume_constant_result
+def _recognised(layer: MLP) -> str | None:
+    activation = layer.activation
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        return None
+    found = recognise(layer._between, layer.gated)
+    return None if found is None else str(found)
+
+
 def convert(module: Any) -> MLP:
     """The same layer as a `scattermoe.mlp.MLP` or `GLUMLP`, with its parameters; of a `GLUMLP` the first is copied."""
-    weight = module.experts.weight
-    kind = {module.hidden_size: MLP, 2 * module.hidden_size: GLUMLP}.get(weight.shape[1])
+    kind = None
+    if all(hasattr(module, name) for name in _READ):
+        kind = {module.hidden_size: MLP, 2 * module.hidden_size: GLUMLP}.get(module.experts.weight.shape[1])
     if kind is None:
         raise InvalidArgument("module", type(module).__name__, "an MLP or a GLUMLP of ScatterMoE")
     bias = getattr(module.experts, "bias", None) is not None

@@ -24,7 +24,8 @@ from sonicmoe.autograd import Form, MoEExperts
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import moe_experts, resolve_backend
 from sonicmoe.integrations.between import experts_with
-from sonicmoe.integrations.recognise import recognise
+from sonicmoe.integrations.operands import as_autocast, scores_for
+from sonicmoe.integrations.recognise import recognise, state_of
 from sonicmoe.routing import Routing, route_assigned
 
 NAME = "sonicmoe_experts"
@@ -42,7 +43,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         self: a module decorated with `use_experts_implementation`.
         hidden_states: (T, H).
         top_k_index: (T, K) integers; ids >= num_experts, expert parallelism's mark of experts elsewhere, are skipped.
-        top_k_weights: (T, K), any floating dtype; used in fp32.
+        top_k_weights: (T, K), any floating dtype; used in fp32 (fp64 where the weights of the experts are).
 
     Returns:
         (T, H) in the dtype of hidden_states.
@@ -51,15 +52,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         InvalidArgument: on Hopper, for weights that are stored (E, in, out): see `lay_out_for_kernels`.
     """
     w1, w2, b1, b2 = _weights(self)
-    routing = route_assigned(top_k_index, top_k_weights, num_experts=w1.shape[0])
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, w1, w2 = hidden_states.to(dtype), w1.to(dtype), w2.to(dtype)
-        b1, b2 = b1 if b1 is None else b1.to(dtype), b2 if b2 is None else b2.to(dtype)
-    else:
-        # Norms may leave fp32 behind where the weights are in bf16.
-        x = hidden_states.to(w1.dtype)
+    w1, w2, x, b1, b2 = as_autocast(w1, w2, hidden_states, b1, b2)
+    # Norms may leave fp32 behind where the weights are in bf16.
+    x = x.to(w1.dtype)
+    routing = route_assigned(top_k_index, scores_for(x, top_k_weights), num_experts=w1.shape[0])
     activation = None if _has_post_norm(self) else _activation(self)
     backend = _backend(x, w1, w2)
     if activation is None:
@@ -108,13 +104,13 @@ def _has_post_norm(self: Any) -> bool:
 
 
 def _activation(self: Any) -> str | None:
-    """What the module's own function is; remembered as long as function and constants are the same."""
+    """What the module's own function is; remembered as long as function, constants and training are the same."""
     function = type(self)._apply_gate if self.has_gate else None
     act_fn = getattr(self, "act_fn", None)
-    constants = tuple([self.__dict__.get(name) for name in _CONSTANTS])
+    state = (self.training, *[self.__dict__.get(name) for name in _CONSTANTS], *state_of(act_fn))
     memory = self.__dict__.get(_MEMORY)
-    if memory is None or memory[0] is not function or memory[1] is not act_fn or memory[2] != constants:
-        memory = (function, act_fn, constants, _recognised(self))
+    if memory is None or memory[0] is not function or memory[1] is not act_fn or memory[2] != state:
+        memory = (function, act_fn, state, _recognised(self))
         self.__dict__[_MEMORY] = memory
     return memory[3]
 

@@ -42,12 +42,14 @@ _DIGEST = hashlib.sha256
 
 
 def folder() -> Path | None:
-    """SONICMOE_CACHE_DIR, else the user's cache folder; None, no cache on disk, if the variable is empty."""
+    """SONICMOE_CACHE_DIR, else the user's cache folder; None, no cache on disk, if the variable is empty or the user
+    has no home."""
     given = os.environ.get(VARIABLE)
-    if given is not None:
-        return Path(given).expanduser() if given else None
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "sonicmoe"
+    if given == "":
+        return None
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sonicmoe"
+    expanded = os.path.expanduser(given or usual)
+    return None if expanded.startswith("~") else Path(expanded)
 
 
 @lru_cache(maxsize=1)
@@ -85,8 +87,10 @@ def forms(path: Path) -> tuple[Path, Path]:
 
 
 def is_there(spec: Spec, root: Path) -> bool:
-    """Whether a kernel is in the cache; not whether it is intact."""
-    return any(form.exists() for form in forms(path_of(spec, root)))
+    """Whether a kernel is in the cache; not whether it is intact. In a folder that may not be searched, none is."""
+    with contextlib.suppress(OSError):
+        return any(form.exists() for form in forms(path_of(spec, root)))
+    return False
 
 
 def function_of(spec: Spec) -> Any:

@@ -18,6 +18,7 @@ from sonicmoe.errors import InvalidArgument
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _HALVES = ("bf16", "fp16")
+ALIGNMENT = 16  # bytes that the kernels read and write at once
 
 
 @cache
@@ -29,6 +30,12 @@ def _kernel(device: int, kind: Callable[..., Any], *fields: Any) -> tuple[Any, C
 def kernel(first: Tensor, kind: Callable[..., Any], *fields: Any) -> tuple[Any, Callable[..., None]]:
     """A spec of these fields, and its kernel on the first argument's device, the current one: each made once."""
     return _kernel(first.get_device(), kind, *fields)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A contiguous tensor whose data starts where the kernels' chunks do: t itself but for odd views."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % ALIGNMENT else t
 
 
 def dtype_name(argument: str, t: Tensor, accepted: tuple[str, ...] = _HALVES) -> str:

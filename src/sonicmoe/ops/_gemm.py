@@ -17,7 +17,7 @@ from sonicmoe.configs.choice import choose, gpu_key
 from sonicmoe.configs.tile import TileConfig
 from sonicmoe.cute_kernels.variants import GemmSpec, outputs
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.ops._cute import dtype_name
+from sonicmoe.ops._cute import aligned, dtype_name
 
 MAX_GATHERED = 1 << 35  # elements: weight gradients count 16-byte chunks of what they gather in 32 bits
 _forced: dict[str, TileConfig] = {}
@@ -39,11 +39,13 @@ def replaced(variant: str, kernel: Callable[..., None], paced: bool) -> Abstract
 
 @contextlib.contextmanager
 def _holding(table: dict[str, Any], variant: str, entry: Any) -> Iterator[None]:
+    before = dict(table)
     table[variant] = entry
     try:
         yield
     finally:
-        del table[variant]
+        table.clear()
+        table.update(before)
 
 
 @cache
@@ -107,8 +109,11 @@ def launch(
     variant: str, a: tuple[Tensor, ...], b: Tensor, out: tuple[Tensor | None, ...], cu_rows: Tensor, n: int, k: int,
     *form: Any, spare: int = 0,
 ) -> None:  # fmt: skip
-    """Launch a variant on the current device and stream, but for `spare` of its SMs. form: what a Form has."""
+    """Launch a variant on the current device and stream, but for `spare` of its SMs. form: what a Form has.
+
+    a comes from outside, a gradient from anywhere: it may begin at any element of somebody's memory.
+    """
     of = (_forced.get(variant), b.device.index, variant, cu_rows.shape[0] - 1, n, k, dtype_name("x", b), form)
     function, paced, ctas = (*_replaced[variant], processors(b.get_device())) if variant in _replaced else _kernel(*of)
     counter = b.new_zeros(1, dtype=torch.int32) if paced else None
-    function(a, (b,), out, cu_rows, counter, ctas - spare)
+    function((aligned(a[0]), *a[1:]), (b,), out, cu_rows, counter, ctas - spare)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sonicmoe.errors import InvalidArgument
 
@@ -86,6 +87,11 @@ def is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def has_forward_mode() -> bool:
+    """Whether dual numbers may be about, which no op propagates."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _without_autocast(reference: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

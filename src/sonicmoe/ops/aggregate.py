@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.cute_kernels.aggregate import AggregateSpec
-from sonicmoe.ops._cute import dtype_name, kernel
+from sonicmoe.ops._cute import aligned, dtype_name, kernel
 from sonicmoe.ops._op import define
 
 
@@ -57,7 +57,7 @@ def _cute(
     num_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     o, dscores = outputs(rows, scores, parts, slot_row, cu_slots, num_tokens, "cute")
-    launch(rows, scores, parts, slot_row, cu_slots, o, dscores)
+    launch(aligned(rows), scores, parts, slot_row, cu_slots, o, dscores)
     return o, dscores
 
 

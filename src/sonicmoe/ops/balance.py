@@ -8,9 +8,9 @@ from torch import Tensor
 from sonicmoe import reference
 from sonicmoe.cute_kernels.balance import BalanceBackwardSpec, BalanceSpec
 from sonicmoe.cute_kernels.topk import MAX_EXPERTS
-from sonicmoe.ops._cute import dtype_name, kernel
+from sonicmoe.ops._cute import aligned, dtype_name, kernel
 from sonicmoe.ops._op import define
-from sonicmoe.ops.topk import LOGITS, LOGITS_DTYPES, aligned
+from sonicmoe.ops.topk import LOGITS, LOGITS_DTYPES
 
 
 def load_balance_has_kernel(logits: Tensor) -> bool:

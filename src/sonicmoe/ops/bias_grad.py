@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.cute_kernels.bias_grad import BiasGradSpec
-from sonicmoe.ops._cute import dtype_name, kernel
+from sonicmoe.ops._cute import aligned, dtype_name, kernel
 from sonicmoe.ops._op import define
 
 
@@ -32,7 +32,7 @@ def _cute(
         return out.zero_()
     form = (dtype_name("rows", rows), row_token is not None, scores is not None)
     _, function = kernel(rows, BiasGradSpec, rows.shape[1], *form)
-    function(rows, cu_rows, row_token, scores, row_slot, out)
+    function(aligned(rows), cu_rows, row_token, scores, row_slot, out)
     return out
 
 

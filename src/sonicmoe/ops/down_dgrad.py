@@ -13,7 +13,7 @@ from torch import Tensor
 from sonicmoe import reference
 from sonicmoe.cute_kernels.bias_dot import BiasDotSpec
 from sonicmoe.ops import _gemm
-from sonicmoe.ops._cute import dtype_name, kernel
+from sonicmoe.ops._cute import aligned, dtype_name, kernel
 from sonicmoe.ops._op import define
 
 
@@ -84,7 +84,7 @@ def _launch(
         _gemm.launch(variant, (do, row_token), w2, outputs, cu_rows, inter, hidden, *rest)
         if b2 is not None:
             _, function = kernel(do, BiasDotSpec, do.shape[1], dtype, b2.shape[0], per_row)
-            function(do, b2, cu_rows, row_token, parts)
+            function(aligned(do), b2, cu_rows, row_token, parts)
     return a_s, parts
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sonicmoe import reference
-from sonicmoe.cute_kernels.plan import MAX_EXPERTS, PlanSpec
+from sonicmoe.cute_kernels.plan import MAX_EXPERTS, MAX_SLOTS, PlanSpec
 from sonicmoe.ops._cute import kernel
 from sonicmoe.ops._op import define
 
@@ -17,7 +17,7 @@ _IDS = {torch.int32: "i32", torch.int64: "i64"}
 
 def plan_has_kernel(expert_ids: Tensor, num_experts: int) -> bool:
     """Whether backend "cute" takes these arguments; the reference takes all."""
-    return num_experts <= MAX_EXPERTS and expert_ids.numel() < 1 << 31
+    return num_experts <= MAX_EXPERTS and expert_ids.numel() <= MAX_SLOTS
 
 
 def _fake(expert_ids: Tensor, slot_token: Tensor | None, num_experts: int, backend: str) -> Plan:

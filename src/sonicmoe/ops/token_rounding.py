@@ -11,6 +11,7 @@ from sonicmoe.cute_kernels.rounding import (
     MAX_EXPERTS,
     MAX_PAIRS,
     MAX_SLOTS,
+    MAX_TILE_M,
     RoundingBackwardSpec,
     RoundingSpec,
     masks,
@@ -23,10 +24,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = ("fp32", "bf16", "fp16")
 
 
-def token_rounding_has_kernel(logits: Tensor, num_slots: int) -> bool:
+def token_rounding_has_kernel(logits: Tensor, tile_m: int, num_slots: int) -> bool:
     """Whether backend "cute" takes these arguments; the reference takes all."""
-    few = logits.shape[1] <= MAX_EXPERTS and num_slots <= MAX_SLOTS
-    return logits.dtype in _DTYPES and few and logits.shape[0] * logits.shape[1] <= MAX_PAIRS
+    tokens, experts = logits.shape
+    few = experts <= MAX_EXPERTS and tile_m <= MAX_TILE_M and num_slots <= MAX_SLOTS
+    return logits.dtype in _DTYPES and few and max(tokens * experts, num_slots + 8 * tokens) <= MAX_PAIRS
 
 
 def _fake(

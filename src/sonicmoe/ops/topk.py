@@ -8,24 +8,17 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.cute_kernels.topk import MAX_EXPERTS, MAX_GROUPS, MAX_TOP, TopKBackwardSpec, TopKSpec
-from sonicmoe.ops._cute import dtype_name, kernel
+from sonicmoe.ops._cute import aligned, dtype_name, kernel
 from sonicmoe.ops._op import define
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGITS = ("fp32", "bf16", "fp16")
-_ALIGNMENT = 16
 
 
 def topk_has_kernel(logits: Tensor, k: int, num_groups: int, top_groups: int) -> bool:
     """Whether backend "cute" takes these arguments; the reference takes all."""
     few_groups = num_groups <= MAX_GROUPS or top_groups == num_groups
     return logits.dtype in LOGITS_DTYPES and logits.shape[1] <= MAX_EXPERTS and k <= MAX_TOP and few_groups
-
-
-def aligned(t: Tensor) -> Tensor:
-    """A contiguous tensor whose data starts where the kernels' chunks do: t itself but for odd views."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % _ALIGNMENT else t
 
 
 def _fake(

@@ -1,4 +1,4 @@
-"""The backward's steps (mission: down_dgrad, down_wgrad, up_dgrad, up_wgrad, the biases) in plain torch.
+"""The backward's steps (down_dgrad, down_wgrad, up_dgrad, up_wgrad, the biases) in plain torch.
 
 `aggregate`, the fifth step, is the forward's; a layer takes it together with down_wgrad.
 """

@@ -1,4 +1,4 @@
-"""The forward's three steps (mission: up_proj, down_proj, aggregate) in plain torch."""
+"""The forward's three steps (up_proj, down_proj, aggregate) in plain torch."""
 
 from __future__ import annotations
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 from sonicmoe.errors import InvalidArgument
 
 _ID_DTYPES = (torch.int32, torch.int64)
+_INTEGERS = (int, torch.SymInt, numbers.Integral)  # the last for numpy's
 
 
 def check(name: str, got: object, holds: bool, accepted: str) -> None:
@@ -21,6 +24,7 @@ def check_logits(logits: Tensor, k: int) -> None:
     check("logits", type(logits).__name__, isinstance(logits, Tensor), "a tensor")
     check("logits.shape", tuple(logits.shape), logits.dim() == 2 and logits.shape[1] >= 1, "(T, E) with E >= 1")
     check("logits.dtype", logits.dtype, logits.is_floating_point(), "a floating dtype")
+    check_integer("k", k)
     check("k", k, 1 <= k <= logits.shape[1], f"1 to E = {logits.shape[1]}")
 
 
@@ -50,6 +54,12 @@ def check_scores(scores: Tensor, ids_name: str, ids: Tensor) -> None:
     check("scores.dtype", scores.dtype, scores.is_floating_point(), "a floating dtype")
 
 
+def check_integer(name: str, value: object) -> None:
+    """A bool is none."""
+    check(name, type(value).__name__, isinstance(value, _INTEGERS) and not isinstance(value, bool), "an integer")
+
+
 def check_size(name: str, size: int, least: int) -> None:
     """An integer of at least `least`."""
+    check_integer(name, size)
     check(name, size, size >= least, f"at least {least}")

@@ -103,7 +103,7 @@ def route_rows(rows_per_expert: Tensor, *, num_rows: int) -> Routing:
     used = row < cu_rows[-1]
     row_token = torch.where(used, row, 0)
     return Routing(
-        scores=torch.ones(num_rows, device=device),
+        scores=torch.ones(num_rows, dtype=torch.float32, device=device),
         cu_rows=cu_rows,
         row_token=row_token,
         row_slot=row_token,

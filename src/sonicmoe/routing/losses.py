@@ -10,8 +10,8 @@ from torch import Tensor
 from sonicmoe import ops, reference
 from sonicmoe.jit.target import is_hopper
 from sonicmoe.ops._once import once
-from sonicmoe.routing.checks import check, check_logits
-from sonicmoe.routing.plan import Routing
+from sonicmoe.routing.checks import check_logits
+from sonicmoe.routing.plan import Routing, check_routed
 from sonicmoe.routing.scores import exponentials, working
 
 
@@ -35,10 +35,7 @@ def load_balancing_loss(logits: Tensor, routing: Routing, k: int) -> Tensor:
     Source: Switch Transformer (arXiv 2101.03961) equation 4, for k experts per token.
     """
     check_logits(logits, k)
-    tokens, experts = logits.shape
-    check("routing.num_experts", routing.num_experts, routing.num_experts == experts, f"{experts}, as logits")
-    # T stays out of the text: under torch.compile formatting it would fix it.
-    check("routing.num_tokens", routing.num_tokens, routing.num_tokens == tokens, "T, as logits")
+    check_routed(routing, logits)
     if is_hopper(logits.device) and ops.load_balance_has_kernel(logits):
         return _LoadBalance.apply(logits, routing.cu_rows, k)
     return reference.load_balance(logits, routing.cu_rows, k)

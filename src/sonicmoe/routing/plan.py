@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sonicmoe import ops
 from sonicmoe.jit.target import is_hopper
+from sonicmoe.routing.checks import check
 
 
 class Routing(NamedTuple):
@@ -38,6 +39,17 @@ class Routing(NamedTuple):
     def num_experts(self) -> int:
         """E."""
         return self.cu_rows.shape[0] - 1
+
+
+def check_routed(routing: Routing, logits: Tensor) -> None:
+    """A routing of as many tokens to as many experts, on their device."""
+    check("routing", type(routing).__name__, isinstance(routing, Routing), "a sonicmoe.Routing")
+    tokens, experts = logits.shape
+    check("routing.num_experts", routing.num_experts, routing.num_experts == experts, f"{experts}, as logits")
+    # T stays out of the text: under torch.compile formatting it would fix it.
+    check("routing.num_tokens", routing.num_tokens, routing.num_tokens == tokens, "T, as logits")
+    device = routing.cu_rows.device
+    check("routing.cu_rows.device", device, device == logits.device, f"{logits.device}, as logits")
 
 
 class Plan(NamedTuple):

@@ -14,7 +14,7 @@ from sonicmoe.jit.target import is_hopper
 from sonicmoe.ops._once import once
 from sonicmoe.reference.token_rounding import Rounded, round_counts
 from sonicmoe.routing.checks import check, check_logits, check_no_nan, check_size
-from sonicmoe.routing.plan import Routing, plan
+from sonicmoe.routing.plan import Routing, check_routed, plan
 from sonicmoe.routing.scores import working
 from sonicmoe.routing.topk import best
 
@@ -66,7 +66,7 @@ def route_token_rounding(
     if validate:
         check_no_nan("logits", logits)
     num_slots, draws = _num_slots(logits, k, tile_m), _draws(logits, rule, generator)
-    if is_hopper(logits.device) and ops.token_rounding_has_kernel(logits, num_slots):
+    if is_hopper(logits.device) and ops.token_rounding_has_kernel(logits, tile_m, num_slots):
         rounded = Rounded(*_RouteTokenRounding.apply(logits, draws, k, tile_m, rule, num_slots))
     else:
         rounded = reference.token_rounding(logits, draws, k, tile_m, rule, num_slots)
@@ -128,7 +128,7 @@ class TokenRounding(NamedTuple):
         """Whether they take logits of this shape and dtype. False also for what `route_token_rounding` refuses."""
         if self.rule not in RULES or self.tile_m < 1 or not 1 <= self.k <= logits.shape[1]:
             return False
-        return ops.token_rounding_has_kernel(logits, _num_slots(logits, self.k, self.tile_m))
+        return ops.token_rounding_has_kernel(logits, self.tile_m, _num_slots(logits, self.k, self.tile_m))
 
     def forward(self, run: Any, logits: Tensor) -> tuple[Routing, tuple[Tensor, ...]]:
         """The routing, and what else to keep for `backward`. run: the ops, or their bodies."""
@@ -157,7 +157,7 @@ class RoundingCounts(NamedTuple):
 def rounding_counts(routing: Routing, logits: Tensor, k: int) -> RoundingCounts:
     """What rounding did to the top-k of logits (T, E): every expert has either dropped or padded pairs, or neither."""
     check_logits(logits, k)
-    check("routing.num_experts", routing.num_experts, routing.num_experts == logits.shape[1], f"{logits.shape[1]}")
+    check_routed(routing, logits)
     ids = best(working(logits.detach()), k)
     chosen = plan(ids, logits.shape[1]).cu_rows.diff()
     routed = routing.cu_rows.diff()

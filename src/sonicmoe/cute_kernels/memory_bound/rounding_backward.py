@@ -17,12 +17,11 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from ..dependent import await_earlier
 from ..groups import ceil_div
 from .access import DTYPES, address, load_or, reinterpret
-from .logits import choose, finite, key_of, number_of, store_number, warp_greatest, warp_sum, working
+from .logits import LARGEST, choose, finite, key_of, number_of, store_number, warp_greatest, warp_sum, working
 from .rounding_choose import TokenRow, bit_of, bits
 from .team import WARP, count_bits, lanes_below
 
 WARPS = 8
-LARGEST = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,13 @@ from ..ptx import exp2, reciprocal
 from .access import DTYPES, address, load_chunk, reinterpret, store_chunk
 from .logits import LOWEST_KEY, choose, exp, finite, key_of, load_number, number_of, warp_greatest, warp_sum, working
 from .team import WARP, change_shared, count_bits, lanes_below, shared, transpose_bits
+from .words import ballot
 
 CHOSEN = 1 << 30
 ABSENT = -1
 LOG2_E = math.log2(math.e)
 WARPS = 8
 THREADS = WARPS * WARP
-
-
-def ballot(condition: Boolean) -> Uint32:
-    return Uint32(cute.arch.vote_ballot_sync(condition))
 
 
 def magnitude(number: Float32) -> Float32:
