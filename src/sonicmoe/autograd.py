@@ -97,8 +97,7 @@ class MoEExperts(torch.autograd.Function):
         return once("moe_experts", MoEExperts._gradients, ctx, do)
 
     @staticmethod
-    def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        kept = list(ctx.saved_tensors)  # once: under checkpointing they are computed anew each time
+    def _gradients(ctx: Any, kept: list[Tensor | None], do: Tensor) -> tuple[Tensor | None, ...]:
         needs, sums = ctx.needs_input_grad[:6], (ctx.w1_grad, ctx.w2_grad)
         run = ops.steps(do, *kept, *sums)
         own_h = ctx.private and is_last(run)

@@ -70,8 +70,7 @@ def moe_experts(
     act = Activation.parse(activation)
     gated = act.gated
     _check_are_tensors(x=x, w1=w1, w2=w2, b1=b1, b2=b2, w1_grad=w1_grad, w2_grad=w2_grad)
-    if (dtype := autocast_dtype(x)) is not None and x.is_floating_point() and x.dtype is not torch.float64:
-        x, w1, w2, b1, b2 = _cast(dtype, x, w1, w2, b1, b2)
+    x, w1, w2, b1, b2 = as_autocast(x, w1, w2, b1, b2)
     check_layout(w1_layout, gated)
     check_tensors(x, w1, w2, b1, b2, gated)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -111,8 +110,12 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    return [t if t is None else t.to(dtype) for t in tensors]
+def as_autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
+    """Tensors in torch.autocast's dtype, unless the first is in fp64."""
+    dtype = autocast_dtype(first)
+    if dtype is None or not first.is_floating_point() or first.dtype is torch.float64:
+        return [first, *others]
+    return [t if t is None else t.to(dtype) for t in (first, *others)]
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

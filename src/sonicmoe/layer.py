@@ -170,9 +170,10 @@ class MoELayer(torch.autograd.Function):
         return once("MoE", _backward, ctx, do, dloss)
 
 
-def _backward(ctx: Any, do: Tensor | None, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, saved: list[Tensor | None], do: Tensor | None, dloss: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, router, w1, w2, b1 and b2, and none of what is no tensor."""
-    saved = list(ctx.saved_tensors)  # once: under checkpointing they are computed anew each time
     steps = ops.steps(do, dloss, *saved)
     router, logits, *own = saved[_OF_EXPERTS:] or (None, None)
     del saved[_OF_EXPERTS:]

@@ -9,7 +9,7 @@ from sonicmoe import layer, ops
 from sonicmoe.activations import Activation
 from sonicmoe.configs.tile import TILE_M
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.functional import BACKENDS, check_layout, moe_experts
+from sonicmoe.functional import BACKENDS, autocast_dtype, check_layout, moe_experts
 from sonicmoe.jit.target import is_hopper
 from sonicmoe.layer import Kind, Settings, Weights
 from sonicmoe.routing import RULES, SCORINGS, Routing, load_balancing_loss, route_token_rounding, route_topk
@@ -157,8 +157,7 @@ class MoE(nn.Module):
 
     def _compile_ahead(self, x: Tensor) -> None:
         """Have every kernel of the layer compiled side by side."""
-        cast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
         act, router = str(self.activation), self._routed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,16 +105,22 @@ def test_which_calls_have_a_kernel() -> None:
 
 
 def test_once_raises_where_it_is_differentiated() -> None:
-    def gradients(*of: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def gradients(_: Any, saved: list[Tensor], incoming: Tensor) -> tuple[Tensor | None, ...]:
         assert not torch.is_grad_enabled()
-        return of
+        return saved.pop() * incoming, None
 
+    kept, incoming = (torch.ones(2, requires_grad=True) for _ in range(2))
+    of = ("f", gradients, SimpleNamespace(saved_tensors=(kept,)), incoming)
     with torch.no_grad():
-        assert not once("f", gradients, torch.ones(2), None)[0].requires_grad
-    passed, nothing = once("f", gradients, torch.ones(2), None)
-    assert nothing is None
+        assert not once(*of)[0].requires_grad
     with pytest.raises(RuntimeError, match="sonicmoe.f has no second derivative"):
-        passed.sum().backward()
+        once(*of)[0].sum().backward()
+    for leaf in (kept, incoming):
+        passed, nothing = once(*of)
+        assert nothing is None
+        # grad visits only what leads to the leaf; the other way there would be all that it finds.
+        with pytest.raises(RuntimeError, match="sonicmoe.f has no second derivative"):
+            torch.autograd.grad(passed.sum() + leaf.square().sum(), leaf)
 
 
 def test_what_the_other_kernels_take() -> None:

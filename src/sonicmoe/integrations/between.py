@@ -75,6 +75,14 @@ def _check_experts(
     check_routing(routing, x, experts)
 
 
+def scores_for(x: Tensor, scores: Tensor) -> Tensor:
+    """Scores of any floating dtype in fp32, which they are used in; fp64 ones stay so for an x in fp64."""
+    if not scores.is_floating_point():
+        raise InvalidArgument("scores.dtype", scores.dtype, "a floating dtype")
+    both = scores.dtype is x.dtype is torch.float64
+    return scores.to(torch.float64 if both else torch.float32)
+
+
 def check_weight(name: str, w: Tensor, rows: Tensor, backend: str) -> None:
     """Raise InvalidArgument unless rows (R, K) can be multiplied by w (E, N, K)."""
     if w.dim() != 3 or w.shape[2] != rows.shape[-1] or w.dtype != rows.dtype or w.device != rows.device:
@@ -158,8 +166,8 @@ class UpProjection(torch.autograd.Function):
         return once(_NAME, UpProjection._gradients, ctx, dh)
 
     @staticmethod
-    def _gradients(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, cu_rows, row_token, slot_row, cu_slots = ctx.saved_tensors
+    def _gradients(ctx: Any, saved: list[Any], dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, cu_rows, row_token, slot_row, cu_slots = saved
         dh, backend = _as_read(dh), ctx.backend
         dx = dw1 = db1 = None
         if ctx.needs_input_grad[0]:
@@ -187,8 +195,8 @@ class GroupedLinear(torch.autograd.Function):
         return once("integrations.between.GroupedLinear", GroupedLinear._gradients, ctx, dy)
 
     @staticmethod
-    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        a, w, cu_rows = ctx.saved_tensors
+    def _gradients(ctx: Any, saved: list[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
+        a, w, cu_rows = saved
         dy, backend = _as_read(dy), ctx.backend
         da = dw = db = None
         # Grouped products alike, whatever their names: rows by a weight (E, N, K), and rows by rows.
@@ -267,8 +275,8 @@ class Combine(torch.autograd.Function):
         return once(_NAME, Combine._gradients, ctx, do)
 
     @staticmethod
-    def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        y, scores, cu_rows, row_token, row_slot, slot_row = ctx.saved_tensors
+    def _gradients(ctx: Any, saved: list[Tensor], do: Tensor) -> tuple[Tensor | None, ...]:
+        y, scores, cu_rows, row_token, row_slot, slot_row = saved
         dy = dscores = None
         do_rows = _without_padding(do.index_select(0, row_token), cu_rows).to(scores.dtype)
         if ctx.needs_input_grad[0]:

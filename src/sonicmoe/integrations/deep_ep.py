@@ -103,7 +103,7 @@ class _Dispatch(torch.autograd.Function):
         return once("integrations.deep_ep.DeepEP", _Dispatch._gradients, ctx, drows, dscores)
 
     @staticmethod
-    def _gradients(ctx: Any, drows: Tensor, dscores: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, _: list[Tensor], drows: Tensor, dscores: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweights, _ = ctx.of.buffer.combine(drows.contiguous(), ctx.handle, dscores.contiguous())
         return dx, dweights, None, None
 
@@ -121,6 +121,6 @@ class _Combine(torch.autograd.Function):
         return once("integrations.deep_ep.DeepEP", _Combine._gradients, ctx, do)
 
     @staticmethod
-    def _gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, _: list[Tensor], do: Tensor) -> tuple[Tensor | None, ...]:
         rows, *_ = ctx.of.buffer.dispatch(do.contiguous(), num_experts=ctx.of.num_experts, handle=ctx.handle)
         return rows, None, None

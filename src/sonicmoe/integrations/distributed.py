@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.functional import moe_experts, resolve_backend
+from sonicmoe.functional import as_autocast, moe_experts, resolve_backend
 from sonicmoe.integrations.between import gather_rows, sum_rows
-from sonicmoe.integrations.operands import as_autocast
 from sonicmoe.moe import MoE
 from sonicmoe.routing import Routing, load_balancing_loss, route_assigned
 

@@ -159,7 +159,7 @@ class _Announce(torch.autograd.Function):
         return once("integrations.megatron.GroupedExperts", _Announce._gradients, ctx)
 
     @staticmethod
-    def _gradients(ctx: Any) -> tuple[Tensor | None, None]:
+    def _gradients(ctx: Any, _: list[Tensor]) -> tuple[Tensor | None, None]:
         # As Megatron's own linear layers do. Its hooks want a gradient, and drop it where the mark is set, so it may
         # hold anything; but they add it to main_grad where zeros are asked for.
         parameter = ctx.parameter

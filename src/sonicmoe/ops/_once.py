@@ -13,26 +13,33 @@ class Once(torch.autograd.Function):
     """Passes gradients on, and raises where they are differentiated.
 
     torch's once_differentiable would lose the second derivative without a word where the incoming gradient itself
-    needs none: give `apply` something that requires a gradient first, then the function's name.
+    needs none. `sources`, the first tensors, are what the gradients depend on: torch.autograd.grad visits only what
+    leads to the tensors that it is asked for.
     """
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, name: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, name: str, sources: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.name = name
-        return gradients
+        return tensors[sources:]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
         raise RuntimeError(f"sonicmoe.{ctx.name} has no second derivative: its backward cannot be differentiated")
 
 
-def once(name: str, backward: Callable[..., tuple[Tensor | None, ...]], *arguments: Any) -> tuple[Tensor | None, ...]:
-    """The gradients that a Function's backward computes; they raise if they are differentiated, under create_graph."""
+def once(
+    name: str, gradients: Callable[..., tuple[Tensor | None, ...]], ctx: Any, *incoming: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """A Function's gradients, gradients(ctx, saved, *incoming); they raise if they are differentiated, under
+    create_graph. saved: its tensors, a list that may be emptied."""
+    saved = list(ctx.saved_tensors)  # read once: under checkpointing they are computed anew each time
     if not torch.is_grad_enabled():
-        return backward(*arguments)
+        return gradients(ctx, saved, *incoming)
+    sources = [t for t in (*incoming, *saved) if t is not None and t.requires_grad]
     with torch.no_grad():
-        gradients = backward(*arguments)
-    first = next((g for g in gradients if g is not None), None)
+        found = gradients(ctx, saved, *incoming)
+    first = next((g for g in found if g is not None), None)
     if first is None:  # all went to buffers
-        return gradients
-    return Once.apply(first.new_empty(0, requires_grad=True), name, *gradients)
+        return found
+    sources.append(first.new_empty(0, requires_grad=True))  # where none is kept
+    return Once.apply(name, len(sources), *sources, *found)

@@ -55,8 +55,8 @@ class _LoadBalance(torch.autograd.Function):
         return once("load_balancing_loss", _LoadBalance._gradients, ctx, dloss)
 
     @staticmethod
-    def _gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, cu_rows = ctx.saved_tensors
+    def _gradients(ctx: Any, saved: list[Tensor], dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, cu_rows = saved
         run = ops.steps(dloss, logits, cu_rows)
         return run.load_balance_backward(dloss, logits, cu_rows, ctx.k, "cute"), None, None
 

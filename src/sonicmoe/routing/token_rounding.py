@@ -110,8 +110,8 @@ class _RouteTokenRounding(torch.autograd.Function):
         return once("route_token_rounding", _RouteTokenRounding._gradients, ctx, dscores)
 
     @staticmethod
-    def _gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
-        logits, cu_slots, chosen, kept = ctx.saved_tensors
+    def _gradients(ctx: Any, saved: list[Tensor], dscores: Tensor) -> tuple[Tensor | None, ...]:
+        logits, cu_slots, chosen, kept = saved
         run = ops.steps(dscores, logits)
         dlogits = run.token_rounding_backward(dscores, logits, cu_slots, chosen, kept, "cute")
         return dlogits, None, None, None, None, None

@@ -121,8 +121,8 @@ class _RouteTopK(torch.autograd.Function):
         return once("route_topk", _RouteTopK._gradients, ctx, dscores)
 
     @staticmethod
-    def _gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
-        logits, ids = ctx.saved_tensors
+    def _gradients(ctx: Any, saved: list[Tensor], dscores: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids = saved
         kind, renormalize, _, _, scale = ctx.scoring
         run = ops.steps(dscores, ids, logits)
         return run.topk_backward(dscores, ids, logits, kind, renormalize, scale, "cute"), None, None, None
