@@ -116,9 +116,6 @@ class MoE(nn.Module):
             if (as_one := self._as_one(x)) is not None:
                 return layer.run(x, *as_one)
             self._compile_ahead(x)
-        weight = getattr(self.router, "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype != x.dtype and autocast_dtype(x) is None:
-            raise InvalidArgument("x.dtype", x.dtype, f"{weight.dtype}, as router.weight; or under torch.autocast")
         logits = self.router(x.reshape(-1, self.hidden_size))
         routing = self.route(logits)
         o = moe_experts(
