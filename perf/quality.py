@@ -13,7 +13,7 @@ from perf import tables
 
 def read(folder: Path, gpu: str) -> list[Mapping[str, Any]]:
     """The runs on this GPU in the newest folder named DATE-quality."""
-    for newest in sorted(folder.glob("*/*-quality"), reverse=True):
+    for newest in sorted(folder.glob("*/*-quality"), key=lambda path: path.name, reverse=True):
         results = [json.loads(path.read_text()) for path in sorted(newest.glob("*.json"))]
         runs = [run for result in results if result["setting"]["device"] == gpu for run in result["runs"]]
         if runs:

@@ -65,8 +65,6 @@ def moe_experts(
 
     Source: SonicMoE (arXiv 2512.14080), algorithms 2 and 3.
     """
-    if ops.has_forward_mode():
-        raise RuntimeError("sonicmoe.moe_experts has no forward-mode derivative (torch.func.jvp, dual numbers)")
     act = Activation.parse(activation)
     gated = act.gated
     _check_are_tensors(x=x, w1=w1, w2=w2, b1=b1, b2=b2, w1_grad=w1_grad, w2_grad=w2_grad)
@@ -75,6 +73,8 @@ def moe_experts(
     check_tensors(x, w1, w2, b1, b2, gated)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     check_routing(routing, tokens, w1.shape[0])
+    if ops.has_tangents((x, w1, w2, b1, b2, routing.scores)):
+        raise RuntimeError("sonicmoe.moe_experts has no forward-mode derivative (torch.func.jvp, dual numbers)")
     _check_grad_buffers(w1, w2, w1_grad, w2_grad)
     backend = resolve_backend(backend, x, w2)
     if not tokens.is_contiguous():
@@ -245,7 +245,7 @@ def resolve_backend(backend: str, x: Tensor, w2: Tensor) -> str:
         accepted = f"H up to {ops.MAX_WIDTH}, E up to {ops.MAX_GROUPS} for the kernels; or backend='torch'"
         raise InvalidArgument("x.shape, w2.shape", f"H = {hidden}, E = {experts}", accepted)
     # A traced number of tokens is left alone: a bound on it would be a guard.
-    if not torch.compiler.is_compiling() and x.numel() > ops.MAX_GATHERED:
+    if not ops.is_traced((x,)) and x.numel() > ops.MAX_GATHERED:
         accepted = f"up to {ops.MAX_GATHERED} elements, 64 GiB, for the kernels; or backend='torch'"
         raise InvalidArgument("x.shape", tuple(x.shape), accepted)
     return "cute"

@@ -159,7 +159,8 @@ class MoE(nn.Module):
         """Have every kernel of the layer compiled side by side."""
         dtype = autocast_dtype(x) or x.dtype
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
+        given = (x, getattr(self.router, "weight", None), self.w1, self.w2, self.b1, self.b2)
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         act, router = str(self.activation), self._routed
         per_token = router.k if router.rounding is None else None
         experts = ops.Experts(sizes, dtype, act, self.w1_layout, biases, per_token, training)

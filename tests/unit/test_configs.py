@@ -138,8 +138,8 @@ def test_no_candidate() -> None:
 
 
 def test_tables_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB")
-    assert [gpu_key(name) for name in names] == ["h200", "h100", "", ""]
+    names = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "GRID H100-80C", "NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB")
+    assert [gpu_key(name) for name in names] == ["h200", "h100", "h100", "", ""]
     measured, stale = TileConfig("pingpong", 64, 3, 1), TileConfig("pingpong", 64, 1, 1)
     table = {("down_proj", 1536, 256, 1, 1): measured, ("down_proj", 512, 256, 1, 1): stale}
     monkeypatch.setattr("sonicmoe.configs.choice.tuned", {"h200": table, "": {}}.get)

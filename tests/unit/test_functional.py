@@ -132,7 +132,7 @@ def _on_hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9
     def resolve(
         backend: str, dtype: torch.dtype = torch.bfloat16, hidden: int = H, inter: int = I, experts: int = E, tokens=T
     ) -> str:
-        x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
+        x = torch.empty((), dtype=dtype).expand(tokens, hidden)
         return sonicmoe.functional.resolve_backend(
             backend, x, torch.empty(experts, hidden, inter, dtype=dtype, device="meta")
         )
@@ -189,9 +189,16 @@ def test_weights_begin_where_16_bytes_do() -> None:
 def test_forward_mode_raises() -> None:
     arguments = _arguments()
     x = arguments.pop("x")
-    for differentiate in (torch.func.jvp, _dual):
+    for differentiate in (torch.func.jvp, _dual, lambda f, primals, _: torch.func.jacfwd(f)(*primals)):
         with pytest.raises(RuntimeError, match="no forward-mode derivative"), torch.no_grad():
             differentiate(lambda t: moe_experts(t, **arguments), (x,), (x,))
+
+
+def test_another_tensor_may_be_dual() -> None:
+    arguments = _arguments()
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        torch.autograd.forward_ad.make_dual(arguments["x"].clone(), arguments["x"])
+        assert torch.equal(moe_experts(**arguments), moe_experts(**_arguments()))
 
 
 def _dual(function: Callable[[Tensor], Tensor], primals: tuple[Tensor], tangents: tuple[Tensor]) -> Tensor:

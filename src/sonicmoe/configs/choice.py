@@ -7,6 +7,7 @@ nothing is compiled or tuned anew because a batch or its routing changed.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -92,8 +93,8 @@ def _fitted(variant: str, groups: int, tile: TileConfig, halves: int) -> TileCon
 
 def gpu_key(name: str) -> str:
     """The table of a GPU, by the name that its driver gives it: "h100", "h200", or "" for one without a table."""
-    words = name.lower().split()
-    return next((key for key in ("h200", "h100") if key in words), "")
+    found = re.search(r"\b(h200|h100)", name.lower())
+    return found[1] if found else ""
 
 
 @cache

@@ -65,7 +65,7 @@ def await_worker(spec: Spec) -> None:
     while worker.poll() is None and not cache.is_there(spec, root):
         if time.monotonic() > until:
             warnings.warn(f"sonicmoe compiles {spec.name} itself: process {worker.pid} takes too long", stacklevel=2)
-            _asked.update({s: None for s, by in _asked.items() if by is worker})  # once for all of its kernels
+            _asked.update({s: None for s, by in list(_asked.items()) if by is worker})  # once for all of its kernels
             return
         time.sleep(_POLL)
 

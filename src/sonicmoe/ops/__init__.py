@@ -9,7 +9,7 @@ from sonicmoe.configs.tile import MAX_GROUPS
 from sonicmoe.cute_kernels.aggregate import MAX_WIDTH
 from sonicmoe.ops._cute import ALIGNMENT, aligned
 from sonicmoe.ops._gemm import MAX_GATHERED
-from sonicmoe.ops._op import bodies, has_forward_mode, is_traced, is_watched
+from sonicmoe.ops._op import bodies, has_tangents, is_traced, is_watched
 from sonicmoe.ops.aggregate import aggregate
 from sonicmoe.ops.ahead import Experts, Router, compile_layer
 from sonicmoe.ops.balance import load_balance, load_balance_backward, load_balance_has_kernel
@@ -18,7 +18,6 @@ from sonicmoe.ops.down_dgrad import down_dgrad, down_dgrad_
 from sonicmoe.ops.down_proj import down_proj
 from sonicmoe.ops.down_wgrad import down_wgrad, down_wgrad_add_
 from sonicmoe.ops.down_wgrad_aggregate import down_wgrad_aggregate_
-from sonicmoe.ops.flops import count_products
 from sonicmoe.ops.plan import plan, plan_has_kernel
 from sonicmoe.ops.token_rounding import (
     token_rounding,
@@ -49,7 +48,7 @@ __all__ = [
     "down_wgrad",
     "down_wgrad_add_",
     "down_wgrad_aggregate_",
-    "has_forward_mode",
+    "has_tangents",
     "is_traced",
     "load_balance",
     "load_balance_backward",
@@ -70,8 +69,6 @@ __all__ = [
     "up_wgrad",
     "up_wgrad_add_",
 ]
-
-count_products()
 
 
 def steps(*tensors: Tensor | None) -> Any:

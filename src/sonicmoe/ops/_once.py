@@ -14,7 +14,8 @@ class Once(torch.autograd.Function):
 
     torch's once_differentiable would lose the second derivative without a word where the incoming gradient itself
     needs none. `sources`, the first tensors, are what the gradients depend on: torch.autograd.grad visits only what
-    leads to the tensors that it is asked for.
+    leads to the tensors that it is asked for. Of a tensor that a Function does not keep (x where no weight needs it,
+    b1) it finds no way here: if another way leads from the result to that tensor, grad takes that one alone.
     """
 
     @staticmethod

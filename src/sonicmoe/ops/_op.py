@@ -89,9 +89,11 @@ def is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def has_forward_mode() -> bool:
-    """Whether dual numbers may be about, which no op propagates."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+def has_tangents(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether one of these is a dual number, of forward-mode differentiation."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _without_autocast(reference: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sonicmoe import reference
 from sonicmoe.ops import _gemm
+from sonicmoe.ops._cute import aligned
 from sonicmoe.ops._op import define
 
 
@@ -24,7 +25,7 @@ def _launch(variant: str, dw1: Tensor, x: Tensor, dh: Tensor, cu_rows: Tensor, r
     halves = 2 if layout == "interleaved" else 1
     form = (None, halves == 2, halves)
     _gemm.check_gathered("x", x)
-    _gemm.launch(variant, (x, row_token), dh, (dw1,), cu_rows, dh.shape[1] // halves, x.shape[1], *form)
+    _gemm.launch(variant, (x, row_token), aligned(dh), (dw1,), cu_rows, dh.shape[1] // halves, x.shape[1], *form)
 
 
 def _cute(x: Tensor, dh: Tensor, cu_rows: Tensor, row_token: Tensor, w1_layout: str) -> Tensor:

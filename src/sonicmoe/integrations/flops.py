@@ -1,6 +1,7 @@
-"""What torch.utils.flop_counter counts for the grouped products: 2 R n k, with R the rows that there is room for.
+"""Importing this module has torch.utils.flop_counter.FlopCounterMode count the experts' products.
 
-After top-K these are the rows; after token rounding, whose rows only the device knows, a bound.
+A product counts 2 R n k, with R the rows that there is room for: after top-K these are the rows; after token rounding,
+whose rows only the device knows, a bound. Import it before the mode is made, which copies what there is then.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from sonicmoe import ops  # noqa: F401  # defines what is counted
 
 Shape = tuple[int, ...]
 
@@ -37,7 +40,5 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 }
 
 
-def count_products() -> None:
-    """Tell torch the formulas of ops that are defined by now."""
-    for name, formula in _FORMULAS.items():
-        register_flop_formula(getattr(torch.ops.sonicmoe, name))(lambda *shapes, _of=formula, **_: _of(*shapes))
+for _name, _formula in _FORMULAS.items():
+    register_flop_formula(getattr(torch.ops.sonicmoe, _name))(lambda *shapes, _of=_formula, **_: _of(*shapes))
