@@ -157,6 +157,8 @@ def check(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 if everything asked for was measured; 1 if something of sonicmoe failed or was wrong."""
     wanted, form, options = chosen_shapes(arguments), form_of(arguments), options_of(arguments)
+    if arguments.device.startswith("cuda"):  # events and synchronisation are the current device's
+        torch.cuda.set_device(torch.empty(0, device=arguments.device).device)
     session = session_of(arguments)
     gpu, driver, version, dsl, commit = session.environment
     session.say(f"{gpu}, driver {driver or '-'}, torch {version}, CuTe DSL {dsl or '-'}, commit {commit}")

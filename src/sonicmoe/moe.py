@@ -134,6 +134,8 @@ class MoE(nn.Module):
     @property
     def _routed(self) -> ops.Router:
         """How `route` does it now: tokens are rounded in training."""
+        if self.routing not in ROUTINGS:
+            raise InvalidArgument("routing", repr(self.routing), f"one of {', '.join(ROUTINGS)}")
         rounding = (self.tile_m, self.rule) if self.routing == "token_rounding" and self.training else None
         return ops.Router(self.num_experts_per_tok, self.scoring, self.renormalize, rounding)
 

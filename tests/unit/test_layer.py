@@ -400,6 +400,7 @@ def test_wrong_weights_are_named_before_a_launch(seen: Seen, change: Callable[[M
     ("name", "value", "message"),
     [
         ("num_experts_per_tok", E + 1, "k: got 9, accepted 1 to E = 8"),
+        ("routing", "top_k", "routing: got 'top_k', accepted one of topk, token_rounding"),
         ("scoring", "argmax", "scoring: got 'argmax'"),
         ("w1_layout", "blocked", "w1_layout: got 'blocked'"),
         ("backend", "triton", "backend: got 'triton'"),
