@@ -109,13 +109,14 @@ def test_once_raises_where_it_is_differentiated() -> None:
         assert not torch.is_grad_enabled()
         return saved.pop() * incoming, None
 
-    kept, incoming = (torch.ones(2, requires_grad=True) for _ in range(2))
-    of = ("f", gradients, SimpleNamespace(saved_tensors=(kept,)), incoming)
+    kept, incoming, argument = (torch.ones(2, requires_grad=True) for _ in range(3))
+    node = (2 * argument).grad_fn.next_functions[0][0]
+    of = ("f", gradients, SimpleNamespace(saved_tensors=(kept,), next_functions=((None, 0), (node, 0))), incoming)
     with torch.no_grad():
         assert not once(*of)[0].requires_grad
     with pytest.raises(RuntimeError, match="sonicmoe.f has no second derivative"):
         once(*of)[0].sum().backward()
-    for leaf in (kept, incoming):
+    for leaf in (kept, incoming, argument):
         passed, nothing = once(*of)
         assert nothing is None
         # grad visits only what leads to the leaf; the other way there would be all that it finds.

@@ -14,8 +14,8 @@ class Once(torch.autograd.Function):
 
     torch's once_differentiable would lose the second derivative without a word where the incoming gradient itself
     needs none. `sources`, the first tensors, are what the gradients depend on: torch.autograd.grad visits only what
-    leads to the tensors that it is asked for. Of a tensor that a Function does not keep (x where no weight needs it,
-    b1) it finds no way here: if another way leads from the result to that tensor, grad takes that one alone.
+    leads to the tensors that it is asked for. To an argument that a Function does not keep, and that is no leaf (x
+    where no weight needs it), it finds no way here: if another one leads to it, grad takes that one alone.
     """
 
     @staticmethod
@@ -36,7 +36,8 @@ def once(
     saved = list(ctx.saved_tensors)  # read once: under checkpointing they are computed anew each time
     if not torch.is_grad_enabled():
         return gradients(ctx, saved, *incoming)
-    sources = [t for t in (*incoming, *saved) if t is not None and t.requires_grad]
+    leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
+    sources = [t for t in (*incoming, *saved, *leaves) if t is not None and t.requires_grad]
     with torch.no_grad():
         found = gradients(ctx, saved, *incoming)
     first = next((g for g in found if g is not None), None)
