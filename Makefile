@@ -58,7 +58,7 @@ else
 	$(GPU_TEST)
 endif
 
-check: lint types compile test  ## all that needs no GPU: lint, format, types, cross-compilation, tests
+check: lint types compile test  ## before every commit, with or without a GPU: lint, types, cross-compilation, tests
 
 lint: $(READY)  ## ruff: rules and format; tables as the ledger says
 	$(PY) -m ruff check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +15,7 @@ from perf.ledger import Row
 from perf.shapes import Shape
 from sonicmoe import InvalidArgument
 from sonicmoe.__main__ import chosen_device
+from sonicmoe.demo.report import check_folder
 
 T = TypeVar("T")
 
@@ -47,9 +47,10 @@ def amount(text: str) -> float:
     return number
 
 
-def chosen_shapes(names: list[str], thiek: Sequence[str]) -> list[Shape]:
-    """Shapes by names of them and of groups, then those by numbers. Raises InvalidArgument."""
-    return shapes.named(names) + [shapes.parse_thiek(text) for text in thiek]
+def chosen_shapes(arguments: argparse.Namespace, usual: Sequence[str]) -> list[Shape]:
+    """Shapes by names of them and of groups, then those by numbers; without any the usual. Raises InvalidArgument."""
+    by_numbers = [shapes.parse_thiek(text) for text in arguments.thiek]
+    return shapes.named(arguments.shape or ([] if by_numbers else list(usual))) + by_numbers
 
 
 def check_device(name: str) -> None:
@@ -66,13 +67,10 @@ def check_gpu() -> None:
 
 def check_out(path: Path) -> None:
     """Make the folder of a file that is written later. Raises InvalidArgument if it or the file cannot be."""
+    check_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.open("a").close()
-        else:
-            # Permissions do not tell: a disk can be read-only, and root passes them all.
-            tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise InvalidArgument("out", str(error), "a place that can be written") from error
 

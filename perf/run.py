@@ -91,8 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen_shapes(arguments: argparse.Namespace) -> list[Shape]:
-    names = arguments.shape or ([] if arguments.thiek else DEFAULT_SHAPES.get(arguments.what, ["7b"]))
-    found = commandline.chosen_shapes(names, arguments.thiek)
+    found = commandline.chosen_shapes(arguments, DEFAULT_SHAPES.get(arguments.what, ["7b"]))
     if arguments.tokens:
         return [shape.with_tokens(tokens) for shape in found for tokens in arguments.tokens]
     return found

@@ -227,14 +227,9 @@ def table_of(device: str) -> Path:
     return TABLES / f"{gpu}.json"
 
 
-def chosen_shapes(arguments: argparse.Namespace) -> list[Shape]:
-    names = arguments.shape or ([] if arguments.thiek else list(SHAPES))
-    return commandline.chosen_shapes(names, arguments.thiek)
-
-
 def check(arguments: argparse.Namespace, device: str = "cuda") -> None:
     """Raises InvalidArgument for options that cannot be; makes the table's folder."""
-    chosen_shapes(arguments)
+    commandline.chosen_shapes(arguments, SHAPES)
     Activation.parse(arguments.activation)
     commandline.check_gpu()
     check_table(arguments.out or table_of(device))
@@ -253,7 +248,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     """0 if every configuration was right. The table is written after each shape."""
     path = arguments.out or table_of(device)
     form = Form(activation=arguments.activation, dtype=arguments.dtype, device=device, backend="cute")
-    work = untuned(chosen_shapes(arguments), form, arguments.variant)
+    work = untuned(commandline.chosen_shapes(arguments, SHAPES), form, arguments.variant)
     clock, table, start = clock_of(device), read(path), time.perf_counter()
     wrong: list[str] = []
     settings = Settings(arguments.repeats, arguments.warm_seconds, state="settled")

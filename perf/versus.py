@@ -41,6 +41,7 @@ from sonicmoe.ops import _gemm
 
 CHILD = Path(__file__).with_name("versus_child.py")
 TIMEOUT = 600
+SHAPES = ("7b",)
 Kernel = tuple[Callable[..., None], bool]  # and whether it takes the counter of a pace
 
 
@@ -155,14 +156,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def chosen_shapes(arguments: argparse.Namespace) -> list[Shape]:
-    names = arguments.shape or ([] if arguments.thiek else ["7b"])
-    return commandline.chosen_shapes(names, arguments.thiek)
-
-
 def check(arguments: argparse.Namespace) -> None:
     """Raises InvalidArgument for options that cannot be."""
-    chosen_shapes(arguments)
+    commandline.chosen_shapes(arguments, SHAPES)
     for tree in arguments.tree:
         if not (tree / "src" / "sonicmoe").is_dir():
             raise InvalidArgument("tree", repr(str(tree)), "a checkout, with src/sonicmoe in it")
@@ -175,7 +171,7 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> int:
     trees = list(dict.fromkeys(map(str, arguments.tree)))
     gpu, lines, failed = gpu_key(torch.cuda.get_device_name(device)), [], []
     settings = Settings(arguments.repeats, arguments.warm_seconds, state="settled")
-    for shape in chosen_shapes(arguments):
+    for shape in commandline.chosen_shapes(arguments, SHAPES):
         wanted = gemms(shape, form, arguments.kernel)
         found: dict[str, dict[str, Kernel]] = {name: {} for name in wanted}
         for tree in trees:

@@ -101,7 +101,7 @@ class MoEExperts(torch.autograd.Function):
         needs, sums = ctx.needs_input_grad[:6], (ctx.w1_grad, ctx.w2_grad)
         run = ops.steps(do, *kept, *sums)
         own_h = ctx.private and is_last(run)
-        return *backward_steps(run, contiguous(run, do), kept, needs, ctx.form, *sums, own_h), *(None,) * 8
+        return *backward_steps(run, ops.as_read(do), kept, needs, ctx.form, *sums, own_h), *(None,) * 8
 
 
 def saves_privately() -> bool:
@@ -110,11 +110,6 @@ def saves_privately() -> bool:
     Not seen here: who reads `grad_fn.saved_tensors` or registers hooks for them there, and finds dh after the backward.
     """
     return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-
-
-def contiguous(run: Any, do: Tensor) -> Tensor:
-    """An incoming gradient as the steps take it, copied once: it may be a view that begins at any element."""
-    return ops.aligned(do) if run is ops.bodies else do.contiguous()
 
 
 def is_last(run: Any) -> bool:

@@ -38,8 +38,8 @@ def moe_experts(
     """The experts of a MoE layer: o[t] = sum over the rows r of token t of score[r] * (act(x w1[e]^T) w2[e]^T).
 
     Args:
-        x: (..., H), flattened to (T, H). One that is not contiguous, or for the kernels does not begin at a multiple
-            of 16 bytes, is copied.
+        x: (..., H), flattened to (T, H). One that is not contiguous, or does not begin at a multiple of 16 bytes, is
+            copied.
         w1: (E, 2*I, H) for a gated activation, (E, I, H) for a plain one; contiguous, in x's dtype and on its device.
         w2: (E, H, I), likewise.
         routing: of T tokens to E experts, from one of the `route_*` functions; differentiable in `routing.scores`.
@@ -77,18 +77,16 @@ def moe_experts(
         raise RuntimeError("sonicmoe.moe_experts has no forward-mode derivative (torch.func.jvp, dual numbers)")
     _check_grad_buffers(w1, w2, w1_grad, w2_grad)
     backend = resolve_backend(backend, x, w2)
-    if not tokens.is_contiguous():
-        tokens = tokens.contiguous()
-    if backend == "cute" and not ops.is_traced((tokens, w1, w2, b1, b2)):
+    if backend == "cute":
         check_alignment(w1=w1, w2=w2, b1=b1, b2=b2, w1_grad=w1_grad, w2_grad=w2_grad)
-        tokens = ops.aligned(tokens)
+    tokens = ops.as_read(tokens)
     if routing.row_token.shape[0] == 0:
         # Nothing to multiply: the reference fills the zeros, and does not synchronise for that.
         backend = "torch"
     form = Form(str(act), w1_layout, backend)
     scores, cu_rows, row_token, row_slot, slot_row, cu_slots, _ = routing
     plan = (cu_rows, row_token, row_slot, slot_row, cu_slots)
-    training = torch.is_grad_enabled() and _any_requires_grad(tokens, w1, w2, b1, b2, scores)
+    training = needs_gradient(tokens, w1, w2, b1, b2, scores)
     if backend == "cute" and not torch.compiler.is_compiling():
         sizes, biases = (w2.shape[0], w2.shape[1], w2.shape[2]), (b1 is not None, b2 is not None)
         per_token = slot_row.shape[0] // tokens.shape[0] if cu_slots is None else None
@@ -118,8 +116,17 @@ def as_autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
     return [t if t is None else t.to(dtype) for t in (first, *others)]
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+def scores_for(x: Tensor, scores: Tensor) -> Tensor:
+    """Scores of any floating dtype in fp32, which they are used in; fp64 ones stay so for an x in fp64."""
+    if not scores.is_floating_point():
+        raise InvalidArgument("scores.dtype", scores.dtype, "a floating dtype")
+    both = scores.dtype is x.dtype is torch.float64
+    return scores.to(torch.float64 if both else torch.float32)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to record what is done with these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_layout(w1_layout: str, gated: bool) -> None:
@@ -216,7 +223,12 @@ def _check_grad_buffers(w1: Tensor, w2: Tensor, w1_grad: Tensor | None, w2_grad:
 
 
 def check_alignment(**tensors: Tensor | None) -> None:
-    """The kernels read weights and biases in place, 16 bytes at a time; a view may begin in between."""
+    """The kernels read weights and biases in place, 16 bytes at a time; a view may begin in between.
+
+    Traced tensors have no address.
+    """
+    if ops.is_traced(tuple(tensors.values())):
+        return
     for name, t in tensors.items():
         if t is not None and t.data_ptr() % ops.ALIGNMENT:
             got = f"{t.data_ptr() % ops.ALIGNMENT} past a multiple of {ops.ALIGNMENT} bytes"

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 
 from sonicmoe import ops
 from sonicmoe.activations import Activation
-from sonicmoe.autograd import Form, Kept, backward_steps, contiguous, forward_steps, is_last, saves_privately
-from sonicmoe.functional import check_alignment, check_layout, check_tensors, resolve_backend
+from sonicmoe.autograd import Form, Kept, backward_steps, forward_steps, is_last, saves_privately
+from sonicmoe.functional import check_alignment, check_layout, check_tensors, needs_gradient, resolve_backend
 from sonicmoe.ops._once import once
 from sonicmoe.routing.token_rounding import TokenRounding
 from sonicmoe.routing.topk import Scoring, TopK
@@ -75,7 +75,7 @@ def kind_of(settings: Settings, x: Tensor, weights: Weights) -> Kind | None:
 
     Found by all that it depends on: attributes and weights may be other ones at each call.
     """
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
+    training = needs_gradient(x, *weights)
     of_weights = [None if t is None else _form_of(t) for t in weights]
     key = (settings, training, x.shape[-1], x.dtype, x.device, *of_weights)
     try:
@@ -127,7 +127,7 @@ def _forward(
     """o, the loss, x as (T, H), what the experts' backward needs from h on, and the router's from the logits on."""
     router, *of_experts = weights
     steps = ops.steps()
-    tokens = ops.aligned(x if x.dim() == 2 else x.view(-1, x.shape[-1]))
+    tokens = ops.as_read(x if x.dim() == 2 else x.view(-1, x.shape[-1]))
     logits = linear(tokens, router)
     (scores, *plan, _), own = kind.router.forward(steps, logits)
     o, h = forward_steps(steps, tokens, of_experts, scores, plan, kind.form, keep_h)
@@ -188,7 +188,7 @@ def _backward(
         of_tokens = do if flat else do.reshape(-1, do.shape[-1])
         needs = (needs_x, *needs_weights, needs_x or needs_router)
         own_h = ctx.private and is_last(steps)
-        dx, *of_weights, dscores = backward_steps(steps, contiguous(steps, of_tokens), saved, needs, form, own_h=own_h)
+        dx, *of_weights, dscores = backward_steps(steps, ops.as_read(of_tokens), saved, needs, form, own_h=own_h)
         if dscores is not None:
             dlogits = route.backward(steps, dlogits, dscores, logits, *own)
     if dlogits is not None and needs_router:

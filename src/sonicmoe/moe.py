@@ -9,7 +9,7 @@ from sonicmoe import layer, ops
 from sonicmoe.activations import Activation
 from sonicmoe.configs.tile import TILE_M
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.functional import BACKENDS, autocast_dtype, check_layout, moe_experts
+from sonicmoe.functional import BACKENDS, autocast_dtype, check_layout, moe_experts, needs_gradient
 from sonicmoe.jit.target import is_hopper
 from sonicmoe.layer import Kind, Settings, Weights
 from sonicmoe.routing import RULES, SCORINGS, Routing, load_balancing_loss, route_token_rounding, route_topk
@@ -161,8 +161,7 @@ class MoE(nn.Module):
         """Have every kernel of the layer compiled side by side."""
         dtype = autocast_dtype(x) or x.dtype
         sizes, biases = (self.num_experts, self.hidden_size, self.intermediate_size), (self.b1 is not None,) * 2
-        given = (x, getattr(self.router, "weight", None), self.w1, self.w2, self.b1, self.b2)
-        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        training = needs_gradient(x, getattr(self.router, "weight", None), self.w1, self.w2, self.b1, self.b2)
         act, router = str(self.activation), self._routed
         per_token = router.k if router.rounding is None else None
         experts = ops.Experts(sizes, dtype, act, self.w1_layout, biases, per_token, training)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARED_MEMORY = 232448 - 1024  # bytes a block may ask for on sm_90, less the reserved KiB
+RESERVED = 1024  # bytes of a block's shared memory that are the system's
+SHARED_MEMORY = 232448 - RESERVED  # that a block may ask for on sm_90
 ALIGNMENT = 1024  # of each buffer group: the swizzle repeats over it
 BUFFER = 64 * 64 * 2  # bytes of an epilogue buffer
 CONSUMERS = 2

@@ -83,6 +83,7 @@ def check_folder(folder: Path) -> None:
     """Make it. Raises InvalidArgument if it cannot be made or written into: known before a training, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell: a disk can be read-only, and root passes them all.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InvalidArgument("out", str(error), "a folder that can be made and written into") from error

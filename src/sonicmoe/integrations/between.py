@@ -71,16 +71,9 @@ def _check_experts(
     for name, b, rows in (("b1", b1, width), ("b2", b2, hidden)):
         if b is not None:
             check_operand(name, b, (experts, rows), x.dtype, x.device)
-            _check_start(name, b, backend)
+            if backend == "cute":
+                check_alignment(**{name: b})
     check_routing(routing, x, experts)
-
-
-def scores_for(x: Tensor, scores: Tensor) -> Tensor:
-    """Scores of any floating dtype in fp32, which they are used in; fp64 ones stay so for an x in fp64."""
-    if not scores.is_floating_point():
-        raise InvalidArgument("scores.dtype", scores.dtype, "a floating dtype")
-    both = scores.dtype is x.dtype is torch.float64
-    return scores.to(torch.float64 if both else torch.float32)
 
 
 def check_weight(name: str, w: Tensor, rows: Tensor, backend: str) -> None:
@@ -93,12 +86,7 @@ def check_weight(name: str, w: Tensor, rows: Tensor, backend: str) -> None:
             raise InvalidArgument(f"{name}.stride()", w.stride(), "contiguous: a copy of it per call would be silent")
         if w.shape[1] % 8 or w.shape[2] % 8:
             raise InvalidArgument(f"{name}.shape", tuple(w.shape), "(E, N, K), N and K multiples of 8 for the kernels")
-        _check_start(name, w, backend)
-
-
-def _check_start(name: str, t: Tensor, backend: str) -> None:
-    if backend == "cute" and not ops.is_traced((t,)):
-        check_alignment(**{name: t})
+        check_alignment(**{name: w})
 
 
 def up_rows(x: Tensor, w1: Tensor, b1: Tensor | None, routing: Routing, backend: str) -> Tensor:
@@ -134,11 +122,6 @@ def _without_padding(rows: Tensor, cu_rows: Tensor) -> Tensor:
     return rows.masked_fill_((row >= cu_rows[-1]).unsqueeze(1), 0)
 
 
-def _as_read(t: Tensor) -> Tensor:
-    """t as the ops read it: contiguous, and for kernels from an aligned address on. A copy only of odd views."""
-    return t.contiguous() if ops.is_traced((t,)) else ops.aligned(t)
-
-
 class UpProjection(torch.autograd.Function):
     """h[r] = x[row_token[r]] w1[e]^T (+ b1[e])."""
 
@@ -154,7 +137,7 @@ class UpProjection(torch.autograd.Function):
         cu_slots: Tensor | None,
         backend: str,
     ) -> Tensor:
-        x = _as_read(x)
+        x = ops.as_read(x)
         ctx.save_for_backward(x, w1, cu_rows, row_token, slot_row, cu_slots)
         ctx.backend = backend
         # The op has no plain product: its activated output is dropped.
@@ -168,7 +151,7 @@ class UpProjection(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, saved: list[Any], dh: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, cu_rows, row_token, slot_row, cu_slots = saved
-        dh, backend = _as_read(dh), ctx.backend
+        dh, backend = ops.as_read(dh), ctx.backend
         dx = dw1 = db1 = None
         if ctx.needs_input_grad[0]:
             dx_rows = ops.up_dgrad(dh, w1, cu_rows, "concat", backend)
@@ -185,7 +168,7 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, b: Tensor | None, cu_rows: Tensor, backend: str) -> Tensor:
-        a = _as_read(a)
+        a = ops.as_read(a)
         ctx.save_for_backward(a, w, cu_rows)
         ctx.backend = backend
         return _without_padding(ops.down_proj(a, w, b, cu_rows, backend), cu_rows)
@@ -197,7 +180,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, saved: list[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         a, w, cu_rows = saved
-        dy, backend = _as_read(dy), ctx.backend
+        dy, backend = ops.as_read(dy), ctx.backend
         da = dw = db = None
         # Grouped products alike, whatever their names: rows by a weight (E, N, K), and rows by rows.
         if ctx.needs_input_grad[0]:
@@ -241,7 +224,7 @@ class Sum(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(row_token, slot_row, cu_slots)
         ctx.backend = backend
-        o, _ = ops.aggregate(_as_read(rows), None, None, slot_row, cu_slots, num_tokens, backend)
+        o, _ = ops.aggregate(ops.as_read(rows), None, None, slot_row, cu_slots, num_tokens, backend)
         return o
 
     @staticmethod
@@ -265,7 +248,7 @@ class Combine(torch.autograd.Function):
         num_tokens: int,
         backend: str,
     ) -> Tensor:
-        y = _as_read(y)
+        y = ops.as_read(y)
         ctx.save_for_backward(y, scores, cu_rows, row_token, row_slot, slot_row)
         o, _ = ops.aggregate(y, scores, None, slot_row, cu_slots, num_tokens, backend)
         return o

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sonicmoe import ops  # noqa: F401  # defines what is counted
-
 Shape = tuple[int, ...]
 
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sonicmoe.activations import Activation
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.functional import as_autocast, check_operand, moe_experts
-from sonicmoe.integrations.between import scores_for
+from sonicmoe.functional import as_autocast, check_operand, moe_experts, scores_for
 from sonicmoe.routing import route_rows
 
 PLACEMENTS = ("after", "before")

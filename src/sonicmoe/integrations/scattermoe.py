@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.functional import as_autocast, moe_experts, resolve_backend
-from sonicmoe.integrations.between import experts_with, scores_for
+from sonicmoe.functional import as_autocast, moe_experts, resolve_backend, scores_for
+from sonicmoe.integrations.between import experts_with
 from sonicmoe.integrations.recognise import recognise, state_of
 from sonicmoe.routing import route_assigned
 

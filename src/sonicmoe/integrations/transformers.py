@@ -22,8 +22,8 @@ from transformers.integrations.moe import ExpertsInterface
 
 from sonicmoe.autograd import Form, MoEExperts
 from sonicmoe.errors import InvalidArgument
-from sonicmoe.functional import as_autocast, moe_experts, resolve_backend
-from sonicmoe.integrations.between import experts_with, scores_for
+from sonicmoe.functional import as_autocast, moe_experts, resolve_backend, scores_for
+from sonicmoe.integrations.between import experts_with
 from sonicmoe.integrations.recognise import recognise, state_of
 from sonicmoe.routing import Routing, route_assigned
 

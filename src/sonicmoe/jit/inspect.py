@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sonicmoe.configs.tile import SHARED_MEMORY
+from sonicmoe.configs.tile import RESERVED, SHARED_MEMORY
 
 OPCODES = (
     "HGMMA UTMALDG UTMASTG LDGSTS LDSM STSM USETMAXREG LDL STL LDG STG LDS STS MUFU SHFL REDUX MATCH RED REDG ATOM "
     "ATOMG ATOMS SYNCS BAR FENCE ACQBULK PREEXIT"
 ).split()
 _GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|RED|REDG|ATOM|ATOMG)\b")
-RESERVED = 1024
 SHARED_MEMORY_IN_ALL = SHARED_MEMORY + RESERVED
 
 

@@ -38,7 +38,7 @@ __all__ = [
     "Experts",
     "Router",
     "aggregate",
-    "aligned",
+    "as_read",
     "bias_grad",
     "bodies",
     "compile_layer",
@@ -69,6 +69,12 @@ __all__ = [
     "up_wgrad",
     "up_wgrad_add_",
 ]
+
+
+def as_read(t: Tensor) -> Tensor:
+    """Rows from outside as the ops read them: contiguous, and from a multiple of 16 bytes on unless they are traced and
+    have no address. A copy of odd views alone."""
+    return t.contiguous() if is_traced((t,)) else aligned(t)
 
 
 def steps(*tensors: Tensor | None) -> Any:
