@@ -342,7 +342,7 @@ def test_nothing_to_keep(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("experts", "dtype"), [(4096, torch.float32), (40, torch.float64)])
 def test_what_has_no_kernel_is_left_to_torch(experts: int, dtype: torch.dtype) -> None:
     logits = skewed_logits(64, experts, 1.0).to(dtype)
-    assert not ops.token_rounding_has_kernel(logits, 64 * experts)
+    assert not ops.token_rounding_has_kernel(logits, 16, 64 * experts)
     actual, expected = (route_token_rounding(z, 8, tile_m=16) for z in (logits.to(DEVICE), logits))
     check_invariants(actual)
     assert torch.equal(actual.cu_rows.cpu(), expected.cu_rows)

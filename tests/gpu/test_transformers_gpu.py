@@ -34,8 +34,8 @@ DEVICE = "cuda"
 # A block of Qwen3-30B-A3B.
 BLOCK = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 BLOCK["num_hidden_layers"] = 1
-# The adapter's own share of a call's host time, beside that of moe_experts.
-OVERHEAD_US = 40.0
+# Host time of a call through the adapter, by that of the same call of moe_experts.
+OVERHEAD = 1.35
 
 EXPERTS = [("qwen3_moe", "swiglu"), ("gpt_oss", "clamped"), ("nemotron_h", "relu2"), ("mixtral", "mish")]
 every_kind = pytest.mark.parametrize(("name", "case"), EXPERTS, ids=[case for _, case in EXPERTS])
@@ -225,4 +225,4 @@ def test_overhead_of_the_adapter(grad: bool) -> None:
     assert isinstance(experts, nn.Module)
     # The machine's noise only adds: compare the quickest fifth.
     quick = {name: sorted(t)[len(t) // 5] for name, t in times.items()}
-    assert quick["adapter"] - quick["direct"] <= OVERHEAD_US, quick
+    assert quick["adapter"] <= OVERHEAD * quick["direct"], quick

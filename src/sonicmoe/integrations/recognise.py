@@ -22,6 +22,8 @@ _RELATIVE, _ABSOLUTE = 1e-6, 1e-7
 _POINTS = (1e-3, 0.1, 0.5, 0.9, 1.7, 2.3, 3.1, 4.4, 5.7, 6.6, 7.3, 9.1, 11.0, 15.0, 40.0, 1e3, 1e5)
 # alpha of gpt-oss and its kin, and of the approximation of GELU by a sigmoid.
 _ALPHAS = (1.0, 1.702)
+# What a module keeps its settings in; asked at every call.
+_SETTINGS = (int, float, str)
 
 
 def recognise(
@@ -65,7 +67,7 @@ def state_of(function: object) -> tuple[object, ...]:
 
 def _settings(part: nn.Module) -> list[object]:
     """Of GELU `approximate`, of LeakyReLU `negative_slope`, of everything `training`."""
-    return [value for value in part.__dict__.values() if isinstance(value, int | float | str)]
+    return [value for value in part.__dict__.values() if isinstance(value, _SETTINGS)]
 
 
 def _candidates(gated: bool, limits: Iterable[float], alphas: Iterable[float]) -> list[Activation]:

@@ -56,18 +56,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = x.to(w1.dtype)
     routing = route_assigned(top_k_index, scores_for(x, top_k_weights), num_experts=w1.shape[0])
     activation = None if _has_post_norm(self) else _activation(self)
-    backend = _backend(x, w1, w2)
     if activation is None:
         function = self._apply_gate if self.has_gate else self.act_fn
         after_down = self.post_expert_norm if _has_post_norm(self) else None
-        o = experts_with(function, x, w1, w2, routing, b1, b2, after_down=after_down, backend=backend)
+        o = experts_with(function, x, w1, w2, routing, b1, b2, after_down=after_down, backend=_backend(x, w1, w2))
     else:
         interleaved = self.has_gate and not self.is_concatenated
         layout = "interleaved" if interleaved else "concat"
         if w1.is_contiguous() and w2.is_contiguous():
-            o = moe_experts(x, w1, w2, routing, b1, b2, activation=activation, w1_layout=layout, backend=backend)
+            o = moe_experts(x, w1, w2, routing, b1, b2, activation=activation, w1_layout=layout)
         else:
-            o = _strided(x, w1, w2, routing, b1, b2, Form(activation, layout, backend))
+            o = _strided(x, w1, w2, routing, b1, b2, Form(activation, layout, _backend(x, w1, w2)))
     return o.to(hidden_states.dtype)
 
 
