@@ -2,7 +2,7 @@
 #
 # The first call makes .venv and installs into it; later calls reuse it until pyproject.toml changes.
 #   make PYTHON=python3.12 test            another Python (3.10 or newer)
-#   make TORCH='torch==2.9.0' test         another torch; any arguments of `pip install`
+#   make TORCH='torch==2.11.0' test        another torch; any arguments of `pip install`
 #   make VENV= gpu-test                    no environment of its own: $(PYTHON) as it is, with what it can import
 
 SHELL := /bin/bash

@@ -312,6 +312,36 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     assert torch.equal(o, want) and given.x.grad is not None and torch.equal(given.x.grad, want_dx)
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_experts_see_a_function_changed_later(dynamic: bool | None) -> None:
+    torch.compiler.reset()
+
+    def compiled(name: str) -> tuple[Any, Any]:
+        experts = experts_module(name)
+        experts.config._experts_implementation = NAME
+        return experts, torch.compile(experts, backend="eager", fullgraph=True, dynamic=dynamic)
+
+    def check(module: Any, by_compiler: Any, want: str) -> None:
+        given = inputs(module, 7)
+        assert want == str(adapter._activation(module))
+        assert torch.equal(by_compiler(*given), module(*given))
+
+    gpt_oss, by_compiler = compiled("gpt_oss")
+    for gpt_oss.limit in (7.0, 0.5, 0.25):
+        check(gpt_oss, by_compiler, f"swiglu(alpha=1.702,limit={gpt_oss.limit},up_offset=1.0)")
+    mixtral, by_compiler = compiled("mixtral")
+    check(mixtral, by_compiler, "swiglu")
+    mixtral.act_fn = nn.GELU()
+    check(mixtral, by_compiler, "geglu")
+    mixtral.act_fn.approximate = "tanh"
+    check(mixtral, by_compiler, "geglu_tanh")
+    mixtral.act_fn = nn.Sequential(nn.GELU(), nn.Dropout(0.5)).eval()
+    check(mixtral, by_compiler, "geglu")
+    mixtral.act_fn[1].p = 0.0
+    check(mixtral.train(), by_compiler, "geglu")
+
+
 def test_hopper_asks_for_the_kernels_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "resolve_backend", lambda *_: "cute")
     experts = experts_module("gpt_oss")

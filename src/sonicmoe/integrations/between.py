@@ -116,10 +116,12 @@ def combine(y: Tensor, routing: Routing, backend: str) -> Tensor:
 def _without_padding(rows: Tensor, cu_rows: Tensor) -> Tensor:
     """In place, for rows that only the caller holds: fill the padding with zeros.
 
-    Kernels leave it unwritten, and the functions between may have parameters that sum over rows.
+    Kernels leave it unwritten, and the functions between may have parameters that sum over rows. Not in place where it
+    is compiled, and fused: torch 2.11 takes the gradients of a Function that changes its own output there for zeros.
     """
+    fill = rows.masked_fill if torch.compiler.is_compiling() else rows.masked_fill_
     row = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    return rows.masked_fill_((row >= cu_rows[-1]).unsqueeze(1), 0)
+    return fill((row >= cu_rows[-1]).unsqueeze(1), 0)
 
 
 class UpProjection(torch.autograd.Function):

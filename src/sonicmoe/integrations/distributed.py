@@ -130,8 +130,9 @@ class ExpertParallelMoE(MoE):
                 o, w1, w2, local, b1, b2, activation=self.activation, w1_layout=self.w1_layout, backend=backend
             )
         else:
-            # So that the empty shards and scores get gradients too: this rank must join the others' collectives.
-            o = o + sum(t.sum() for t in (w1, w2, b1, b2, received.scores) if t is not None)
+            # So that the empty shards and scores get gradients too: this rank must join the others' collectives. The
+            # products make them contiguous: torch 2.11 gathers one that is not, and waits for ranks that do not.
+            o = o + sum((t * 0).sum() for t in (w1, w2, b1, b2, received.scores) if t is not None)
         return self.dispatcher.combine(o, received.handle)
 
 

@@ -7,7 +7,9 @@ agrees with none is not recognised: the caller then runs the module's own functi
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +64,25 @@ def state_of(function: object) -> tuple[object, ...]:
     """What a module's formula may change with: its parts, whether they train, their numbers and names. Else empty."""
     if not isinstance(function, nn.Module):
         return ()
-    return tuple([(part, *_settings(part)) for part in function.modules()])
+    return tuple([value for part in function.modules() for value in (part, *_settings(part))])
 
 
 def _settings(part: nn.Module) -> list[object]:
     """Of GELU `approximate`, of LeakyReLU `negative_slope`, of everything `training`."""
+    if torch.compiler.is_compiling():
+        return [part.__dict__.get(name) for name in _names_at(id(part)).split()]
     return [value for value in part.__dict__.values() if isinstance(value, _SETTINGS)]
+
+
+@torch.compiler.assume_constant_result
+def _names_at(address: int) -> str:
+    """What the compiler is to read of a module; it follows no loop over a module's attributes."""
+    return " ".join([name for name, value in vars(object_at(address)).items() if isinstance(value, _SETTINGS)])
+
+
+def object_at(address: int) -> Any:
+    """The object whose `id` this is: what the compiler takes for constant may be given numbers, but no modules."""
+    return ctypes.cast(address, ctypes.py_object).value
 
 
 def _candidates(gated: bool, limits: Iterable[float], alphas: Iterable[float]) -> list[Activation]:
@@ -82,7 +97,7 @@ def _candidates(gated: bool, limits: Iterable[float], alphas: Iterable[float]) -
 
 def _grid(gated: bool, limits: Sequence[float]) -> Tensor:
     """One row: all points, or [gate | up] of all pairs of points."""
-    points = sorted({*_POINTS, *(limit * factor for limit in limits for factor in (0.999, 1.001))})
+    points = sorted({*_POINTS, *(limit * factor for limit in limits for factor in (0.999, 1.001))} - {*limits})
     line = torch.tensor([*(-p for p in reversed(points)), *points], dtype=torch.float64)
     return torch.cartesian_prod(line, line).T.reshape(1, -1) if gated else line.unsqueeze(0)
 

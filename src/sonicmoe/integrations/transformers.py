@@ -24,7 +24,7 @@ from sonicmoe.autograd import Form, MoEExperts
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import as_autocast, moe_experts, resolve_backend, scores_for
 from sonicmoe.integrations.between import experts_with
-from sonicmoe.integrations.recognise import recognise, state_of
+from sonicmoe.integrations.recognise import object_at, recognise, state_of
 from sonicmoe.routing import Routing, route_assigned
 
 NAME = "sonicmoe_experts"
@@ -106,6 +106,10 @@ def _activation(self: Any) -> str | None:
     function = type(self)._apply_gate if self.has_gate else None
     act_fn = getattr(self, "act_fn", None)
     state = (self.training, *[self.__dict__.get(name) for name in _CONSTANTS], *state_of(act_fn))
+    if torch.compiler.is_compiling():
+        # The compiler keeps the answer for as long as all that is passed is the same. The keys of a dictionary are
+        # constants to it, which it may otherwise hold for variables.
+        return _recognised_at(id(self), *dict.fromkeys([id(s) if isinstance(s, nn.Module) else s for s in state]))
     memory = self.__dict__.get(_MEMORY)
     if memory is None or memory[0] is not function or memory[1] is not act_fn or memory[2] != state:
         memory = (function, act_fn, state, _recognised(self))
@@ -114,6 +118,10 @@ def _activation(self: Any) -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def _recognised_at(address: int, *_: object) -> str | None:
+    return _recognised(object_at(address))
+
+
 def _recognised(self: Any) -> str | None:
     act_fn = getattr(self, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):

@@ -61,8 +61,8 @@ def act(activation: Activation, h: Tensor) -> Tensor:
 def act_backward(activation: Activation, h: Tensor, da: Tensor) -> Tensor:
     """dh = act'(h) * da. h, dh: (rows, G*I); da: (rows, I).
 
-    Elements that swiglu's limit clamps have a zero derivative; those exactly at the limit keep theirs, as with
-    torch.clamp.
+    Elements that swiglu's limit clamps have a zero derivative; those exactly at the limit keep theirs, as by
+    torch.clamp up to 2.13.
     """
     if not activation.gated:
         return da * _slope(activation.name, activation.alpha, h)

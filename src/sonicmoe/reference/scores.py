@@ -17,13 +17,18 @@ def working(logits: Tensor) -> Tensor:
 def exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
     """The greatest logit of each token, (T, 1), without gradient, and exp(z - it), whose sum is 0 or at least 1.
 
-    The sum is 0 where all logits are -inf: divide by `sum.clamp(min=1)` and the softmax of such a token is 0, not NaN.
+    The sum is 0 where all logits are -inf: divide by `or_one(sum)` and the softmax of such a token is 0, not NaN.
     """
     top = z.detach().amax(dim=1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
     return top, (z - top).exp()
 
 
+def or_one(total: Tensor) -> Tensor:
+    """1 where a sum of exponentials is 0. Not `clamp(min=1)`: torch 2.14 lets no gradient through for a sum of 1."""
+    return torch.where(total > 0, total, 1)
+
+
 def softmax(z: Tensor) -> Tensor:
     """Over the experts; 0 for a token whose logits are all -inf."""
     _, weights = exponentials(z)
-    return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+    return weights / or_one(weights.sum(dim=1, keepdim=True))

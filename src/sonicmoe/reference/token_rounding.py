@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sonicmoe.reference.plan import plan
-from sonicmoe.reference.scores import exponentials, working
+from sonicmoe.reference.scores import exponentials, or_one, working
 from sonicmoe.reference.topk import best
 
 _WORD = 32  # bits
@@ -60,9 +60,9 @@ def _gradients(dscores: Tensor, logits: Tensor, cu_slots: Tensor, chosen: Tensor
     z = working(logits)
     is_chosen, is_kept = (unpacked(words, logits.shape[1]) for words in (chosen, kept))
     _, weights = exponentials(z)
-    of_all = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+    of_all = weights / or_one(weights.sum(dim=1, keepdim=True))
     of_chosen = weights * is_chosen
-    of_chosen = of_chosen / of_chosen.sum(dim=1, keepdim=True).clamp(min=1)
+    of_chosen = of_chosen / or_one(of_chosen.sum(dim=1, keepdim=True))
     if dscores.numel() == 0:
         return torch.zeros_like(z)
     slot = cu_slots[:-1].unsqueeze(1) + is_kept.cumsum(dim=1) - 1
@@ -102,8 +102,8 @@ def pair_scores(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids = best(z.detach(), k)
     chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(1, ids, True)
     _, weights = exponentials(z)
-    of_all = weights.sum(dim=1, keepdim=True).clamp(min=1)
-    of_chosen = weights.gather(1, ids).sum(dim=1, keepdim=True).clamp(min=1)
+    of_all = or_one(weights.sum(dim=1, keepdim=True))
+    of_chosen = or_one(weights.gather(1, ids).sum(dim=1, keepdim=True))
     return weights / torch.where(chosen, of_chosen, of_all), chosen
 
 

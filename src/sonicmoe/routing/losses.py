@@ -12,7 +12,7 @@ from sonicmoe.jit.target import is_hopper
 from sonicmoe.ops._once import once
 from sonicmoe.routing.checks import check_logits
 from sonicmoe.routing.plan import Routing, check_routed
-from sonicmoe.routing.scores import exponentials, working
+from sonicmoe.routing.scores import exponentials, or_one, working
 
 
 def load_balancing_loss(logits: Tensor, routing: Routing, k: int) -> Tensor:
@@ -75,5 +75,5 @@ def router_z_loss(logits: Tensor) -> Tensor:
     check_logits(logits, 1)
     top, weights = exponentials(working(logits))
     total = weights.sum(dim=1, keepdim=True)
-    log_total = torch.where(total > 0, top, 0) + total.clamp(min=1).log()
+    log_total = torch.where(total > 0, top, 0) + or_one(total).log()
     return log_total.square().sum() / max(logits.shape[0], 1)

@@ -1,5 +1,5 @@
 """Logits to scores, as the reference computes them."""
 
-from sonicmoe.reference.scores import exponentials, softmax, working
+from sonicmoe.reference.scores import exponentials, or_one, softmax, working
 
-__all__ = ["exponentials", "softmax", "working"]
+__all__ = ["exponentials", "or_one", "softmax", "working"]
