@@ -9,8 +9,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Installed without its requirements, which do not go together with those of a current transformers.
-TORCHTITAN ?= torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring-parser==0.18.0 typeguard==4.6.1
+# Installed without its requirements, which do not go together with those of a current transformers. Not for Python 3.10.
+TORCHTITAN ?= 'torchtitan==0.3.0; python_version >= "3.11"' spmd_types==0.2.3 tyro==1.0.17 docstring-parser==0.18.0 typeguard==4.6.1
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # GPU tests in parallel compile faster and share one GPU's memory.
 GPU_JOBS ?= 1

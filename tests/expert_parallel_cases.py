@@ -14,10 +14,10 @@ from sonicmoe import MoE
 HIDDEN, INTER, PER_TOK = 16, 8, 2
 
 
-def build(num_experts: int, **options: Any) -> MoE:
+def build(num_experts: int, per_tok: int = PER_TOK, **options: Any) -> MoE:
     torch.manual_seed(0)
     options = {"std": 0.25, "dtype": torch.float64, **options}
-    return MoE(num_experts, PER_TOK, HIDDEN, INTER, "swiglu", add_bias=True, **options)
+    return MoE(num_experts, per_tok, HIDDEN, INTER, "swiglu", add_bias=True, **options)
 
 
 def tokens_of(rank: int) -> int:

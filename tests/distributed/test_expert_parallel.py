@@ -168,33 +168,37 @@ def test_a_rank_that_dies_ends_the_run() -> None:
     assert time.monotonic() - start < 60
 
 
-def by_kernels(rank: int, world: int) -> None:
+def by_kernels(rank: int, world: int, sharded: str, num_experts: int, device: str) -> None:
     """In bf16: about as far from fp64 as the torch backend is. All experts for all tokens, so that no tie decides."""
-    options = {"dtype": torch.bfloat16, "device": "cuda"}
-    moe = parallelize_module(build(PER_TOK, **options), init_device_mesh("cuda", (world,)), ExpertParallel())
-    plain, exact = build(PER_TOK, backend="torch", **options), build(PER_TOK, **options).cpu().double()
+    options = {"dtype": torch.bfloat16, "device": device, "per_tok": num_experts}
+    mesh = init_device_mesh(device, (world,))
+    moe = build(num_experts, **options)
+    moe = fully_shard(moe, mesh=mesh) if sharded == "fsdp" else parallelize_module(moe, mesh, ExpertParallel())
+    plain, exact = build(num_experts, backend="torch", **options), build(num_experts, **options).cpu().double()
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(200 + 100 * rank, HIDDEN, generator=generator).bfloat16()
     results = []
-    for layer, device in ((moe, "cuda"), (plain, "cuda"), (exact, "cpu")):
-        given = x.to(device, torch.float64 if device == "cpu" else torch.bfloat16).detach().requires_grad_()
+    for layer, where in ((moe, device), (plain, device), (exact, "cpu")):
+        given = x.to(where, torch.float64 if layer is exact else torch.bfloat16).detach().requires_grad_()
         o, _ = layer(given)
-        (o * torch.linspace(-1, 1, HIDDEN, dtype=o.dtype, device=device)).sum().backward()
-        w1 = layer.w1.grad
-        w1 = full(w1).double()
+        (o * torch.linspace(-1, 1, HIDDEN, dtype=o.dtype, device=where)).sum().backward()
+        w1 = full(layer.w1.grad).double().to(device)
         if layer is not moe:
-            w1 = w1.cuda()
             dist.all_reduce(w1)
+        elif sharded == "fsdp":
+            w1 *= world
         results.append([t.detach().cpu().double() for t in (o, given.grad, w1)])
     for ours, theirs, true in zip(*results, strict=True):
         assert (ours - true).norm() <= 2 * (theirs - true).norm() < 0.1 * true.norm()
 
 
 @pytest.mark.gpu
-def test_by_kernels() -> None:
+@pytest.mark.parametrize(("sharded", "num_experts"), [("experts", 2), ("experts", 1), ("fsdp", 2)])
+def test_by_kernels(sharded: str, num_experts: int) -> None:
+    """One expert: the other rank has none."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    in_processes(2, by_kernels, backend="nccl")
+    in_processes(2, by_kernels, sharded, num_experts, "cuda", backend="nccl")
 
 
 def exchanged_twice(rank: int, world: int) -> None:

@@ -70,7 +70,7 @@ def state_of(function: object) -> tuple[object, ...]:
 def _settings(part: nn.Module) -> list[object]:
     """Of GELU `approximate`, of LeakyReLU `negative_slope`, of everything `training`."""
     if torch.compiler.is_compiling():
-        return [part.__dict__.get(name) for name in _names_at(id(part)).split()]
+        return [getattr(part, name) for name in _names_at(id(part)).split()]
     return [value for value in part.__dict__.values() if isinstance(value, _SETTINGS)]
 
 
