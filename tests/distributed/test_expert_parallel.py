@@ -168,21 +168,21 @@ def test_a_rank_that_dies_ends_the_run() -> None:
     assert time.monotonic() - start < 60
 
 
-def by_kernels(rank: int, world: int, sharded: str, num_experts: int, device: str) -> None:
+def by_kernels(rank: int, world: int, sharded: str, num_experts: int) -> None:
     """In bf16: about as far from fp64 as the torch backend is. All experts for all tokens, so that no tie decides."""
-    options = {"dtype": torch.bfloat16, "device": device, "per_tok": num_experts}
-    mesh = init_device_mesh(device, (world,))
+    options = {"dtype": torch.bfloat16, "device": "cuda", "per_tok": num_experts}
+    mesh = init_device_mesh("cuda", (world,))
     moe = build(num_experts, **options)
     moe = fully_shard(moe, mesh=mesh) if sharded == "fsdp" else parallelize_module(moe, mesh, ExpertParallel())
     plain, exact = build(num_experts, backend="torch", **options), build(num_experts, **options).cpu().double()
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(200 + 100 * rank, HIDDEN, generator=generator).bfloat16()
     results = []
-    for layer, where in ((moe, device), (plain, device), (exact, "cpu")):
-        given = x.to(where, torch.float64 if layer is exact else torch.bfloat16).detach().requires_grad_()
+    for layer, device in ((moe, "cuda"), (plain, "cuda"), (exact, "cpu")):
+        given = x.to(device, torch.float64 if layer is exact else torch.bfloat16).detach().requires_grad_()
         o, _ = layer(given)
-        (o * torch.linspace(-1, 1, HIDDEN, dtype=o.dtype, device=where)).sum().backward()
-        w1 = full(layer.w1.grad).double().to(device)
+        (o * torch.linspace(-1, 1, HIDDEN, dtype=o.dtype, device=device)).sum().backward()
+        w1 = full(layer.w1.grad).double().cuda()
         if layer is not moe:
             dist.all_reduce(w1)
         elif sharded == "fsdp":
@@ -198,7 +198,7 @@ def test_by_kernels(sharded: str, num_experts: int) -> None:
     """One expert: the other rank has none."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    in_processes(2, by_kernels, sharded, num_experts, "cuda", backend="nccl")
+    in_processes(2, by_kernels, sharded, num_experts, backend="nccl")
 
 
 def exchanged_twice(rank: int, world: int) -> None:

@@ -60,7 +60,7 @@ def test_output_and_gradients(
     gated: bool, activation: Callable[[Tensor], Tensor], fused: str | None, bias: bool
 ) -> None:
     theirs, ours = pair(gated, bias, activation)
-    assert str(ours._recognised[1]) == str(fused)
+    assert str(ours._fused()) == str(fused)
     results = []
     for layer in (theirs, ours):
         x, p, ids = inputs()
@@ -121,7 +121,7 @@ def test_an_activation_that_is_changed_or_has_parameters() -> None:
     for activation in (squared_relu, torch.sin, nn.PReLU(init=0.0).double()):
         theirs.activation = ours.activation = activation
         torch.testing.assert_close(ours(*inputs()), theirs(*inputs()))
-    assert str(ours._recognised[1]) == "None"
+    assert str(ours._fused()) == "None"
 
 
 @pytest.mark.parametrize("converted", [False, True])
@@ -134,17 +134,41 @@ def test_dropout_in_the_activation_is_not_lost(converted: bool) -> None:
     for training, fused in ((False, "swiglu"), (True, "None"), (False, "swiglu"), (True, "None")):
         ours.train(training)
         y = ours(*inputs())
-        assert str(ours._recognised[1]) == fused
+        assert str(ours._fused()) == fused
         assert torch.allclose(y, theirs.eval()(*inputs())) is not training
 
 
 def test_an_activation_whose_formula_is_changed() -> None:
     theirs, ours = pair(False, False, nn.GELU())
-    assert str(ours._recognised[1]) == "gelu"
+    assert str(ours._fused()) == "gelu"
     ours.activation.approximate = "tanh"
     assert theirs.activation is ours.activation
     torch.testing.assert_close(ours(*inputs()), theirs(*inputs()))
-    assert str(ours._recognised[1]) == "gelu_tanh"
+    assert str(ours._fused()) == "gelu_tanh"
+
+
+def assert_as_eager(compiled: Any, ours: MLP) -> None:
+    """Output and gradients of all parameters."""
+    outputs = [compiled(*inputs()), ours(*inputs())]
+    gradients = [torch.autograd.grad(o.square().sum(), list(ours.parameters())) for o in outputs]
+    for got, want in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+        assert want.norm() > 0.1 and torch.equal(got, want)
+
+
+@pytest.mark.unpoisoned
+def test_compiled_layers_see_an_activation_that_is_changed() -> None:
+    torch.compiler.reset()
+    _, ours = pair(True, True, F.relu)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    for ours.activation in (F.relu, F.mish, squared_relu, torch.sin):
+        assert_as_eager(compiled, ours)
+    _, ours = pair(True, True, nn.GELU())
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    assert_as_eager(compiled, ours)
+    ours.activation.approximate = "tanh"
+    assert_as_eager(compiled, ours)
+    for ours.activation in (nn.Mish(), nn.SiLU()):
+        assert_as_eager(compiled, ours)
 
 
 def test_recognising_draws_none_of_the_model_s_random_numbers() -> None:

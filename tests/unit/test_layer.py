@@ -116,7 +116,10 @@ def _same(first: list[Tensor | None], second: list[Tensor | None]) -> bool:
 
 
 def _as_by_steps(one: list[Tensor | None], steps: list[Tensor | None], moe: MoE, x: Tensor) -> bool:
-    """The same bits but in gradients of x and router: step by step, parts are rounded before they are added."""
+    """The same bits but in gradients of x and router: step by step, parts are rounded before they are added.
+
+    Two or three parts and their sums, half a unit each.
+    """
     outputs = len(one) - sum(t.requires_grad for t in (x, *moe.parameters()))
     leaves = [None] * outputs + [t for t in (x, *moe.parameters()) if t.requires_grad]
     summed = [leaf is x or leaf is moe.router.weight for leaf in leaves]

@@ -26,6 +26,8 @@ _POINTS = (1e-3, 0.1, 0.5, 0.9, 1.7, 2.3, 3.1, 4.4, 5.7, 6.6, 7.3, 9.1, 11.0, 15
 _ALPHAS = (1.0, 1.702)
 # What a module keeps its settings in; asked at every call.
 _SETTINGS = (int, float, str)
+# Where a module keeps what its formula was recognised as, with what that depends on.
+_MEMORY = "_sonicmoe_recognised"
 
 
 def recognise(
@@ -60,11 +62,34 @@ def recognise(
     return None
 
 
-def state_of(function: object) -> tuple[object, ...]:
-    """What a module's formula may change with: its parts, whether they train, their numbers and names. Else empty."""
-    if not isinstance(function, nn.Module):
-        return ()
-    return tuple([value for part in function.modules() for value in (part, *_settings(part))])
+def remembered(owner: Any, ask: Callable[[Any], Activation | None], *state: object) -> str | None:
+    """The name of ask(owner), or None; asked again when the state changes.
+
+    Args:
+        owner: a module, which keeps the answer; compiled code keeps it itself.
+        ask: what the owner's formula is recognised as.
+        state: what the formula may change with: numbers and functions, and modules, which stand for all of their parts,
+            whether these train, their numbers and their names.
+    """
+    for module in [s for s in state if isinstance(s, nn.Module)]:
+        state += tuple([value for part in module.modules() for value in (part, *_settings(part))])
+    if torch.compiler.is_compiling():
+        # Whatever is passed is guarded. The keys of a dictionary are constants, which numbers otherwise may not be.
+        return _asked_at(id(owner), ask, *dict.fromkeys([id(s) if isinstance(s, nn.Module) else s for s in state]))
+    memory = owner.__dict__.get(_MEMORY)
+    if memory is None or memory[0] != state:
+        memory = owner.__dict__[_MEMORY] = (state, _asked(owner, ask))
+    return memory[1]
+
+
+def _asked(owner: Any, ask: Callable[[Any], Activation | None]) -> str | None:
+    found = ask(owner)
+    return None if found is None else str(found)
+
+
+@torch.compiler.assume_constant_result
+def _asked_at(address: int, ask: Callable[[Any], Activation | None], *_: object) -> str | None:
+    return _asked(_object_at(address), ask)
 
 
 def _settings(part: nn.Module) -> list[object]:
@@ -77,10 +102,10 @@ def _settings(part: nn.Module) -> list[object]:
 @torch.compiler.assume_constant_result
 def _names_at(address: int) -> str:
     """What the compiler is to read of a module; it follows no loop over a module's attributes."""
-    return " ".join([name for name, value in vars(object_at(address)).items() if isinstance(value, _SETTINGS)])
+    return " ".join([name for name, value in vars(_object_at(address)).items() if isinstance(value, _SETTINGS)])
 
 
-def object_at(address: int) -> Any:
+def _object_at(address: int) -> Any:
     """The object whose `id` this is: what the compiler takes for constant may be given numbers, but no modules."""
     return ctypes.cast(address, ctypes.py_object).value
 

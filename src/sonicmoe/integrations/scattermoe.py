@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sonicmoe.activations import Activation
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import as_autocast, moe_experts, resolve_backend, scores_for
 from sonicmoe.integrations.between import experts_with
-from sonicmoe.integrations.recognise import recognise, state_of
+from sonicmoe.integrations.recognise import recognise, remembered
 from sonicmoe.routing import route_assigned
 
 # What `convert` reads of a layer.
@@ -97,7 +98,6 @@ class MLP(nn.Module):
         self.experts = up(num_experts, input_size, width, bias)
         self.output_experts = ParallelExperts(num_experts, hidden_size, input_size, bias)
         self.activation = activation
-        self._recognised = (self._formula(), _recognised(self))
 
     def forward(self, x: Tensor, expert_p: Tensor, expert_idxs: Tensor) -> Tensor:
         """x (..., H), weights and ids of its experts (T, K) -> (..., H). Ids that are no expert's are skipped."""
@@ -111,9 +111,7 @@ class MLP(nn.Module):
         tokens, w1, w2, b1, b2 = as_autocast(tokens, w1, w2, b1, b2)
         p = scores_for(tokens, expert_p.reshape(-1, self.top_k))
         routing = route_assigned(ids, p, num_experts=self.num_experts)
-        if self._recognised[0] != (formula := self._formula()):
-            self._recognised = (formula, _recognised(self))
-        fused = self._recognised[1]
+        fused = self._fused()
         if fused is not None:
             return moe_experts(tokens, w1, w2, routing, b1, b2, activation=fused).view(x.shape)
         backend = resolve_backend("auto", tokens, w2)
@@ -126,9 +124,9 @@ class MLP(nn.Module):
         gate, up = h.chunk(2, dim=-1)
         return self.activation(gate) * up
 
-    def _formula(self) -> tuple[object, ...]:
-        """What recognition depends on."""
-        return self.activation, *state_of(self.activation)
+    def _fused(self) -> str | None:
+        """The activation of ours that the layer has."""
+        return remembered(self, _recognised, self.activation)
 
     def extra_repr(self) -> str:
         return f"k={self.top_k}"
@@ -155,13 +153,11 @@ class GLUMLP(MLP):
         super().__init__(input_size, hidden_size, num_experts, top_k, bias, activation or nn.SiLU())
 
 
-@torch.compiler.assume_constant_result
-def _recognised(layer: MLP) -> str | None:
+def _recognised(layer: MLP) -> Activation | None:
     activation = layer.activation
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         return None
-    found = recognise(layer._between, layer.gated)
-    return None if found is None else str(found)
+    return recognise(layer._between, layer.gated)
 
 
 def convert(module: Any) -> MLP:

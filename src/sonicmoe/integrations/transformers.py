@@ -16,23 +16,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
+from sonicmoe.activations import Activation
 from sonicmoe.autograd import Form, MoEExperts
 from sonicmoe.errors import InvalidArgument
 from sonicmoe.functional import as_autocast, moe_experts, resolve_backend, scores_for
 from sonicmoe.integrations.between import experts_with
-from sonicmoe.integrations.recognise import object_at, recognise, state_of
+from sonicmoe.integrations.recognise import recognise, remembered
 from sonicmoe.routing import Routing, route_assigned
 
 NAME = "sonicmoe_experts"
 
 # What experts modules call their limits and alphas.
 _CONSTANTS = ("limit", "swiglu_limit", "alpha", "swiglu_alpha")
-# Where a module keeps what its function was recognised as, with what that depends on.
-_MEMORY = "_sonicmoe_recognised"
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -104,32 +102,17 @@ def _has_post_norm(self: Any) -> bool:
 def _activation(self: Any) -> str | None:
     """What the module's own function is; remembered as long as function, constants and training are the same."""
     function = type(self)._apply_gate if self.has_gate else None
-    act_fn = getattr(self, "act_fn", None)
-    state = (self.training, *[self.__dict__.get(name) for name in _CONSTANTS], *state_of(act_fn))
-    if torch.compiler.is_compiling():
-        # The compiler keeps the answer for as long as all that is passed is the same. The keys of a dictionary are
-        # constants to it, which it may otherwise hold for variables.
-        return _recognised_at(id(self), *dict.fromkeys([id(s) if isinstance(s, nn.Module) else s for s in state]))
-    memory = self.__dict__.get(_MEMORY)
-    if memory is None or memory[0] is not function or memory[1] is not act_fn or memory[2] != state:
-        memory = (function, act_fn, state, _recognised(self))
-        self.__dict__[_MEMORY] = memory
-    return memory[3]
+    constants = [self.__dict__.get(name) for name in _CONSTANTS]
+    return remembered(self, _recognised, self.training, function, getattr(self, "act_fn", None), *constants)
 
 
-@torch.compiler.assume_constant_result
-def _recognised_at(address: int, *_: object) -> str | None:
-    return _recognised(object_at(address))
-
-
-def _recognised(self: Any) -> str | None:
+def _recognised(self: Any) -> Activation | None:
     act_fn = getattr(self, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
         return None
     numbers = [v for name in _CONSTANTS if isinstance(v := self.__dict__.get(name), int | float)]
     function = self._apply_gate if self.has_gate else self.act_fn
-    activation = recognise(function, self.has_gate, self.has_gate and not self.is_concatenated, numbers)
-    return None if activation is None else str(activation)
+    return recognise(function, self.has_gate, self.has_gate and not self.is_concatenated, numbers)
 
 
 def _backend(x: Tensor, w1: Tensor, w2: Tensor) -> str:
